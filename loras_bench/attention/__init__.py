@@ -1,0 +1,1 @@
+"""Attention: which pairs attend (patterns), and how that is computed (backends)."""

@@ -1,0 +1,197 @@
+"""A pattern bound to the facts of a batch: the mask in the forms that backends need, each built once for all layers.
+
+Shapes: b batch, q query position, k key position, s length, t number of 128 x 128 tiles along the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loras_bench.attention.patterns import Dense, PatternBase
+from loras_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from loras_bench.attention.pattern import Rule
+
+TILE = 128
+"""Edge of a tile: the granularity at which FlexAttention and fused dense kernels skip work."""
+ELEMENTS_AT_ONCE = 2**24
+"""Largest piece of a mask that is evaluated at once, in elements: bounds the memory of binding at long lengths."""
+
+
+@dataclass(eq=False)
+class AttentionBatch:
+    """The facts of one batch that decide who attends to whom.
+
+    A token attends within its document and never to padding; a padded query attends to nothing and yields 0. All
+    tensors are (batch, length) on `device`.
+    """
+
+    length: int
+    causal: bool
+    device: torch.device
+    padding_bs: Tensor | None = None
+    """True at real tokens; None where nothing is padded."""
+    document_bs: Tensor | None = None
+    """Document number of each token; None where each row is one document."""
+    global_bs: Tensor | None = None
+    """True at tokens that patterns with global tokens must treat as global."""
+    input_ids_bs: Tensor | None = None
+    """Token ids, for patterns that name their global tokens by id."""
+    static_bindings: dict[tuple[PatternBase, int, torch.device], BoundPattern] = field(default_factory=dict, repr=False)
+    """Bindings that depend on no sample; shared by all batches of one model."""
+    _bindings: dict[PatternBase, BoundPattern] = field(default_factory=dict, init=False, repr=False)
+
+    def bound(self, pattern: PatternBase) -> BoundPattern:
+        """The pattern bound to this batch; bound once, whatever the number of layers."""
+        if self.is_static(pattern):
+            return self.bound_without_samples(pattern)
+        if pattern not in self._bindings:
+            self._bindings[pattern] = BoundPattern(pattern, self)
+        return self._bindings[pattern]
+
+    def bound_without_samples(self, pattern: PatternBase) -> BoundPattern:
+        """The pattern bound to the length alone; bound once for the model."""
+        key = (pattern, self.length, self.device)
+        if key not in self.static_bindings:
+            bare = replace(self, padding_bs=None, document_bs=None, global_bs=None, input_ids_bs=None)
+            self.static_bindings[key] = BoundPattern(pattern, bare)
+        return self.static_bindings[key]
+
+    @cached_property
+    def right_padding_bs(self) -> Tensor | None:
+        """`padding_bs`, checked to be real tokens first, then padding: a causal kernel then needs no mask for it."""
+        if self.padding_bs is not None:
+            holds = (self.padding_bs[:, 1:] <= self.padding_bs[:, :-1]).all()
+            if self.device.type == "cpu" and not holds:
+                raise UserError("dense causal attention got padding before real tokens", "pad on the right")
+            torch._assert_async(holds, "dense causal attention needs padding on the right")  # does not wait for the GPU
+        return self.padding_bs
+
+    def is_static(self, pattern: PatternBase) -> bool:
+        """Whether the pattern's mask is the same for every sample of every batch of this length."""
+        return self.padding_bs is None and self.document_bs is None and not pattern.reads_samples(self)
+
+
+class BoundPattern:
+    """One pattern for one batch. A static binding holds one mask for any number of samples."""
+
+    def __init__(self, pattern: PatternBase, batch: AttentionBatch) -> None:
+        self.pattern = pattern
+        self.batch = batch
+        self.static = batch.is_static(pattern)
+
+    @property
+    def samples(self) -> int:
+        """Masks held: 1 for a static binding, the batch size otherwise."""
+        facts = (self.batch.padding_bs, self.batch.document_bs, self.batch.global_bs, self.batch.input_ids_bs)
+        return 1 if self.static else next(len(fact) for fact in facts if fact is not None)
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The pattern's rule; its tables are shared with the static binding unless they depend on the samples."""
+        if self.static or self.pattern.reads_samples(self.batch):
+            return self.pattern.rule(self.batch)
+        return self.batch.bound_without_samples(self.pattern).rule
+
+    @cached_property
+    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """allows(b, h, q, k) with causality, padding and documents, as FlexAttention calls it."""
+        rule, causal = self.rule, self.batch.causal
+        padding_bs, document_bs = self.batch.padding_bs, self.batch.document_bs
+
+        def allows(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            allowed = rule(b, q, k)
+            if causal:
+                allowed = allowed & (k <= q)
+            if padding_bs is not None:
+                allowed = allowed & padding_bs[b, q] & padding_bs[b, k]
+            if document_bs is not None:
+                allowed = allowed & (document_bs[b, q] == document_bs[b, k])
+            return allowed
+
+        return allows
+
+    def mask_rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive): bool (b or 1, q, k); a causal model's without the keys from `last` on."""
+        keys = last if self.batch.causal else self.batch.length
+        device = self.batch.device
+        b = torch.arange(self.samples, device=device, dtype=torch.int32)[:, None, None]
+        q = torch.arange(first, last, device=device, dtype=torch.int32)[None, :, None]
+        k = torch.arange(keys, device=device, dtype=torch.int32)[None, None, :]
+        return self.mask_mod(b, torch.zeros_like(b), q, k).expand(self.samples, last - first, keys)
+
+    @cached_property
+    def mask_bqk(self) -> Tensor:
+        """The whole mask: bool (b or 1, q, k)."""
+        return self.mask_rows(0, self.batch.length)
+
+    @cached_property
+    def safe_mask_b1qk(self) -> Tensor:
+        """The mask with empty rows opened, for kernels whose softmax gives NaN there; their output is discarded."""
+        return (self.mask_bqk | ~self.mask_bqk.any(dim=-1, keepdim=True))[:, None]
+
+    @cached_property
+    def tile_pairs_btt(self) -> Tensor:
+        """Allowed pairs in each 128 x 128 tile: int32 (b or 1, t, t), evaluated in bands of rows, never as a whole."""
+        length = self.batch.length
+        tiles = -(-length // TILE)
+        band = max(1, ELEMENTS_AT_ONCE // (self.samples * TILE * tiles * TILE)) * TILE
+        counts = []
+        for first in range(0, tiles * TILE, band):
+            rows = min(band, tiles * TILE - first)
+            mask = self.mask_rows(first, min(first + rows, length))
+            mask = torch.nn.functional.pad(mask, (0, tiles * TILE - mask.shape[2], 0, rows - mask.shape[1]))
+            blocks = mask.reshape(self.samples, rows // TILE, TILE, tiles, TILE)
+            counts.append(blocks.sum(dim=4, dtype=torch.int32).sum(dim=2, dtype=torch.int32))
+        return torch.cat(counts, dim=1)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """FlexAttention's index of tiles to visit, with full tiles apart so that they skip the mask."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        pairs = self.tile_pairs_btt[:, None]
+        partial_count, partial_index = _ordered((pairs > 0) & (pairs < TILE * TILE))
+        full_count, full_index = _ordered(pairs == TILE * TILE)
+        return BlockMask.from_kv_blocks(
+            partial_count,
+            partial_index,
+            full_count,
+            full_index,
+            BLOCK_SIZE=TILE,
+            mask_mod=self.mask_mod,
+            seq_lengths=(self.batch.length, self.batch.length),
+        )
+
+    def allowed_pairs(self, batch_size: int) -> int:
+        """Allowed pairs of one head, summed over the samples: real tokens only, within documents."""
+        if self.static:
+            return batch_size * self.pattern.count_pairs(self.batch.length, self.batch.causal)
+        return int(self.tile_pairs_btt.sum(dtype=torch.int64))
+
+    def dense_pairs(self, batch_size: int) -> int:
+        """What dense attention would compute for the same batch: every (causal) pair of real tokens of a document."""
+        return self.batch.bound(Dense()).allowed_pairs(batch_size)
+
+    def visited_pairs(self, batch_size: int) -> int:
+        """Pairs in the tiles that hold at least one allowed pair, whole tiles counted, summed over the samples."""
+        if self.batch.device.type == "meta":
+            on_cpu = replace(self.batch, device=torch.device("cpu"))
+            return on_cpu.bound(self.pattern).visited_pairs(batch_size)
+        visited = int((self.tile_pairs_btt > 0).sum()) * TILE * TILE
+        return visited * batch_size if self.static else visited
+
+
+def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and column indices (chosen ones first) of the True entries of each row: int32, int32."""
+    index = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32), index.to(torch.int32).contiguous()

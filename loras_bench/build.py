@@ -1,0 +1,158 @@
+"""From a resolved experiment to everything its training needs: tokenizer, data, model with methods, optimizer, loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from loras_bench.attention.dispatch import ModelAttention
+from loras_bench.checkpoint import TrainingState
+from loras_bench.config import Experiment
+from loras_bench.data import TaskData, load_data, training_texts
+from loras_bench.errors import ConfigError
+from loras_bench.methods import METHODS
+from loras_bench.methods.base import Method, Taps
+from loras_bench.models.loading import LoadedModel, load_model
+from loras_bench.models.tokenizer import load_tokenizer
+from loras_bench.models.objective import Objective, unwrapped
+from loras_bench.models.saved import open_run
+from loras_bench.optimizer import MasterAdamW
+from loras_bench.training import Loop, StepPlan, plan_steps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Assembly:
+    """Data and a model with all methods applied, on the CPU in float32: enough to count, not yet to train."""
+
+    data: TaskData
+    tokenizer: Any
+    loaded: LoadedModel
+    model: nn.Module
+    objective: Objective
+    attention: ModelAttention
+    methods: list[Method[Any]]
+    plan: StepPlan
+    chain_energy_j: float | None
+    """Joules of the runs that this one goes on from; None where they are unknown, 0 where there are none."""
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """All parameters and the trained ones; tied weights count once."""
+        parameters = list(self.model.parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@dataclass
+class Build(Assembly):
+    """A run ready to step, on its device."""
+
+    optimizer: MasterAdamW
+    state: TrainingState
+    loop: Loop
+    accelerator: Accelerator
+
+
+def build_methods(experiment: Experiment, model_config: Any) -> list[Method[Any]]:
+    """Methods in stage order, each checked against the others.
+
+    Raises:
+        ConfigError: Two methods conflict, or one asks for what this model cannot do.
+    """
+    methods = sorted((METHODS[config.kind](config) for config in experiment.methods), key=lambda method: method.stage)
+    for index, method in enumerate(methods):
+        method.check([*methods[:index], *methods[index + 1 :]], model_config)
+    return methods
+
+
+def assemble(experiment: Experiment, seed: int, device: torch.device, pretrained: Path | None = None) -> Assembly:
+    """Read data and model, apply the methods.
+
+    Args:
+        experiment: Resolved for the device.
+        seed: Of the head, the adapters and the order of the data.
+        device: Where the run will be; nothing is put there yet.
+        pretrained: The run that `pretrain:` made, for models from scratch.
+    """
+    from accelerate.utils import set_seed
+
+    data, tokenizer, loaded, chain_energy_j = _load(experiment, seed, pretrained)
+    model = loaded.model
+    methods = build_methods(experiment, model.config)
+    attention = ModelAttention.install(model, experiment.model.dense_attention, device)
+    set_seed(seed)  # the adapters' first weights depend on the seed alone, not on how the model was read
+    for method in methods:
+        model = method.prepare(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("nothing is trained: every parameter is frozen")
+    if experiment.training.gradient_checkpointing:
+        unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+        unwrapped(model).enable_input_require_grads()
+    if any(method.wants_taps for method in methods):
+        attention.taps = Taps()
+    plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
+    objective = Objective(model, data.task, experiment.training.loss).train()  # type: ignore[arg-type]
+    return Assembly(data, tokenizer, loaded, model, objective, attention, methods, plan, chain_energy_j)
+
+
+def _load(experiment: Experiment, seed: int, pretrained: Path | None) -> tuple[TaskData, Any, LoadedModel, float | None]:
+    """Tokenizer, data and model; from the catalog, from another run, or from scratch."""
+    config = experiment.model
+    origin = pretrained or (Path(config.run) if config.run else None)
+    previous = open_run(origin) if origin else None
+    tokenizer = previous.tokenizer if previous else load_tokenizer(config, lambda: training_texts(experiment.data))
+    splits: Sequence[str] = ("train", *experiment.evaluation.splits)
+    if experiment.evaluation.every_tokens is not None and "validation" not in splits:
+        splits = (*splits, "validation")
+    data = load_data(experiment.data, tokenizer, splits=splits)
+    if previous:
+        return data, tokenizer, previous.load(data, seed), previous.chain_energy_j
+    loaded = load_model(config, task=data.task, tokenizer=tokenizer, num_labels=data.num_labels, seed=seed)
+    return data, tokenizer, loaded, 0.0
+
+
+def build(experiment: Experiment, seed: int, device: str, pretrained: Path | None, say: Callable[[str], None]) -> Build:
+    """Assemble a run and put it on its device with its optimizer.
+
+    Args:
+        experiment: Resolved for the device.
+        device: `cuda` or `cpu`.
+        say: Told what is being done.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device == "cpu")
+    say("loading data and model")
+    parts = assemble(experiment, seed, accelerator.device, pretrained)
+    if parts.plan.micro_rows % accelerator.num_processes:
+        rows, processes = parts.plan.micro_rows, accelerator.num_processes
+        raise ConfigError(f"{rows} rows of a forward pass do not divide over {processes} processes", "see training.micro_batch_size")
+    parts.model.to(accelerator.device)
+    optimizer = _optimizer(experiment, parts)
+    prepared: Any = parts.objective
+    if accelerator.num_processes > 1:
+        prepared = accelerator.prepare(prepared)
+    if experiment.training.compile:
+        prepared.compile(dynamic=False)
+    loop = Loop(
+        prepared, optimizer, parts.methods, parts.data, parts.plan, experiment.training, accelerator, parts.attention.taps
+    )
+    state = TrainingState(optimizer, parts.methods, accelerator.device)
+    return Build(**vars(parts), optimizer=optimizer, state=state, loop=loop, accelerator=accelerator)
+
+
+def _optimizer(experiment: Experiment, parts: Assembly) -> MasterAdamW:
+    """Masters are copied before the model is cast, so that they hold what was loaded."""
+    training = experiment.training
+    dtype = getattr(torch, experiment.model.dtype)
+    groups = [group for method in parts.methods for group in method.parameter_groups(parts.model)]
+    optimizer = MasterAdamW(parts.model, groups, training.learning_rate, training.weight_decay, training.betas, dtype)
+    for parameter in parts.model.parameters():  # buffers such as rotary frequencies keep their precision
+        parameter.data = parameter.data.to(dtype)
+    return optimizer

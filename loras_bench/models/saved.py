@@ -1,0 +1,90 @@
+"""What a run leaves of its weights, and how another run goes on from it: a whole model or PEFT adapters, in safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from loras_bench.config import ModelConfig
+from loras_bench.errors import ConfigError
+from loras_bench.models.loading import LoadedModel, load_model
+from loras_bench.models.tokenizer import load_tokenizer
+from loras_bench.results.record import Record
+from loras_bench.results.store import RECORD_FILE, read_record
+
+if TYPE_CHECKING:
+    from loras_bench.data import TaskData
+
+MODEL, ADAPTER, TOKENIZER = "model", "adapter", "tokenizer"
+
+
+def save_weights(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+    """Save adapters in PEFT's format, or the whole model where there are none; and the tokenizer."""
+    is_peft = hasattr(model, "peft_config")
+    model.save_pretrained(folder / (ADAPTER if is_peft else MODEL))  # type: ignore[operator]
+    tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+@dataclass
+class PreviousRun:
+    """A finished run to go on from."""
+
+    folder: Path
+    record: Record
+    tokenizer: Any
+
+    @property
+    def chain_energy_j(self) -> float | None:
+        """Joules of that run and of all before it."""
+        return self.record.chain_energy_j
+
+    def load(self, data: TaskData, seed: int) -> LoadedModel:
+        """The trained model, adapters merged, with a head for the new task where the task changes.
+
+        Raises:
+            ConfigError: The run kept no weights, or adapters of another task.
+        """
+        if (self.folder / MODEL).is_dir():
+            return self._with_label(_load(str(self.folder / MODEL), data, seed, self.tokenizer))
+        if not (self.folder / ADAPTER).is_dir():
+            raise ConfigError(f"{self.folder} holds no weights", "run it again with `save: true`")
+        if self.record.task != data.task:
+            raise ConfigError(f"{self.folder}: adapters of {self.record.task} do not fit {data.task}", "go on from a full model")
+        from peft import PeftModel
+
+        base_name = json.loads((self.folder / ADAPTER / "adapter_config.json").read_text())["base_model_name_or_path"]
+        name = base_name if base_name and Path(base_name).is_dir() else self.record.config["model"]["name"]
+        loaded = _load(name, data, seed, self.tokenizer)
+        merged = PeftModel.from_pretrained(loaded.model, str(self.folder / ADAPTER)).merge_and_unload()  # type: ignore[arg-type]
+        loaded.model = merged
+        for parameter in merged.parameters():
+            parameter.requires_grad_(True)
+        return self._with_label(loaded)
+
+    def _with_label(self, loaded: LoadedModel) -> LoadedModel:
+        loaded.label = f"{self.record.model} + {self.record.name}"
+        return loaded
+
+
+def _load(name: str, data: TaskData, seed: int, tokenizer: Any) -> LoadedModel:
+    config = ModelConfig(name=name)
+    return load_model(config, task=data.task, tokenizer=tokenizer, num_labels=data.num_labels, seed=seed)
+
+
+def open_run(folder: Path) -> PreviousRun:
+    """Read a finished run.
+
+    Raises:
+        ConfigError: There is none, or it did not finish.
+    """
+    try:
+        record = read_record(folder / RECORD_FILE)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.run: no finished run in {folder} ({error})", "give the folder that holds result.json") from None
+    if record.status != "completed":
+        raise ConfigError(f"model.run: {folder} did not finish ({record.status}: {record.reason})", "run it to its end first")
+    return PreviousRun(folder, record, load_tokenizer(ModelConfig(name=str(folder / TOKENIZER)), None))

@@ -1,0 +1,113 @@
+"""Which runs a command asks for, in which order, and where each stands: reads configs and records, imports no torch."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loras_bench.config import EnergyConfig, EvaluationConfig, Experiment, canonical_hash
+from loras_bench.errors import ConfigError
+from loras_bench.requests import Device
+from loras_bench.results.record import Block, Record
+from loras_bench.results.store import RECORD_FILE, is_finished, read_record, run_folder
+
+KERNEL_VERSION = "1"
+"""Raised when a change of our kernels or of the measuring makes older results incomparable."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One experiment with one seed."""
+
+    experiment: Experiment
+    seed: int
+    run_id: str
+    folder: Path
+    finished: bool
+    """A completed record of this config, device model and kernel version is there already."""
+    resumable: bool
+    """A checkpoint of a killed run is there."""
+
+
+def resolve(experiment: Experiment, device: Device) -> Experiment:
+    """Replace every `auto` by what will run on this device; the hash of a run is taken after it."""
+    loss = experiment.training.loss
+    if loss == "auto":
+        loss = "liger" if device.kind == "cuda" and device.liger else "torch"
+    if loss == "liger" and not (device.kind == "cuda" and device.liger):
+        reason = "it runs on CUDA only" if device.kind != "cuda" else "liger-kernel is not installed"
+        raise ConfigError(f"{experiment.name}: training.loss `liger`: {reason}", 'pip install "loras-bench[gpu]", or `loss: auto`')
+    return experiment.model_copy(
+        update={
+            "training": experiment.training.model_copy(update={"loss": loss}),
+            "methods": tuple(method.resolved(cuda=device.kind == "cuda") for method in experiment.methods),
+        }
+    )
+
+
+def run_id(experiment: Experiment, seed: int) -> str:
+    """`<name>/seed<k>-<hash>`: the hash covers everything that can change a number."""
+    return f"{experiment.name}/seed{seed}-{canonical_hash(experiment.model_dump(mode='json', exclude={'name'}))}"
+
+
+def plan_run(experiment: Experiment, seed: int, results: Path, device: Device) -> PlannedRun:
+    """Look up where one run stands."""
+    identity = run_id(experiment, seed)
+    folder = run_folder(results, identity)
+    record = _existing(folder)
+    finished = record is not None and is_finished(record, device.name, KERNEL_VERSION)
+    return PlannedRun(experiment, seed, identity, folder, finished, not finished and (folder / "checkpoint.json").exists())
+
+
+def _existing(folder: Path) -> Record | None:
+    """The record of a run, if it can be read; a damaged one counts as none, and the run is made again."""
+    try:
+        return read_record(folder / RECORD_FILE)
+    except (OSError, ValueError):
+        return None
+
+
+def plan_blocks(experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, device: Device) -> list[list[PlannedRun]]:
+    """One block a seed: all arms, in an order shuffled by the seed, so that no arm always runs on the warmer GPU.
+
+    Raises:
+        ConfigError: Two arms are the same experiment.
+    """
+    resolved = [resolve(experiment, device) for experiment in experiments]
+    blocks = []
+    for seed in seeds:
+        runs = [plan_run(experiment, seed, results, device) for experiment in resolved]
+        identities = [run.run_id for run in runs]
+        twice = next((identity for identity in identities if identities.count(identity) > 1), None)
+        if twice:
+            raise ConfigError(f"the same experiment is given twice: {twice}", "name each file once")
+        random.Random(f"{seed} {sorted(identities)}").shuffle(runs)
+        blocks.append(runs)
+    return blocks
+
+
+def pretraining_of(experiment: Experiment, results: Path, device: Device) -> PlannedRun | None:
+    """The run that makes the weights a model from scratch starts from; shared by all arms and seeds that ask for the same.
+
+    It lies in a hidden folder of the results, because it is no arm of a comparison.
+    """
+    if experiment.pretrain is None:
+        return None
+    first = Experiment(
+        name="pretraining",
+        data=experiment.pretrain.data,
+        model=experiment.model,
+        training=experiment.pretrain.training,
+        evaluation=EvaluationConfig(splits=("validation",)),
+        energy=EnergyConfig(steady_seconds=0, idle_seconds=0),
+    )
+    return plan_run(resolve(first, device), 0, results / ".pretrained", device)
+
+
+def block_of(runs: Sequence[PlannedRun], position: int) -> Block:
+    """The block that a run is part of; its id tells this occasion from others with the same arms and seed."""
+    identity = canonical_hash([sorted(run.run_id for run in runs), time.strftime("%Y-%m-%dT%H:%M")])
+    return Block(id=f"seed{runs[0].seed}-{identity}", position=position, size=len(runs))

@@ -1,0 +1,67 @@
+"""Sentences about the energy of a panel that a paper can take as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from loras_bench.results.formatting import format_interval, format_number
+from loras_bench.results.panels import Arm
+from loras_bench.results.quantities import Quantity
+from loras_bench.results.record import Record
+
+SOURCES = {
+    "counter": "the GPU's NVML energy counter",
+    "instant_integral": "integrated NVML instant power",
+    "average_integral": "integrated NVML 1 s average power",
+}
+J_PER_KWH = 3.6e6
+
+
+def energy_statement(device: str, arms: Sequence[Arm]) -> str:
+    """How much energy the arms took and how that was measured, ready to paste into a paper."""
+    energy = Quantity("train_energy_j")
+    shown = [(arm, interval) for arm in arms if (interval := arm.interval(energy)) is not None]
+    if not shown:
+        reasons = dict.fromkeys(arm.why_missing(energy) for arm in arms)
+        return f"No joules were measured on {device}: {'; '.join(reasons)}."
+    runs = [run for arm, _ in shown for run in arm.runs if run.train_energy_j is not None]
+    sources = [SOURCES[name] for name in sorted({run.train_energy_source or "counter" for run in runs})]
+    joules = ", ".join(f"{arm.label} {format_interval(interval)} J" for arm, interval in shown)
+    return (
+        f"Energy of the train phase on {device}, by {' and '.join(sources)}: {joules}. "
+        f"{_seeds(runs)}; the host and the warm-up are not included, {_idle(runs)}. "
+        f"The sensor's gain is not calibrated: ratios on one card are more certain than joules. {_versions(runs)}"
+    )
+
+
+def _seeds(runs: Iterable[Record]) -> str:
+    seeds = sorted({run.seed for run in runs})
+    if len(seeds) == 1:
+        return f"Single runs (seed {seeds[0]}), so without intervals"
+    listed = ", ".join(map(str, seeds))
+    return f"Means with 95 % Student-t intervals over seeds {listed}, ratios paired by seed within blocks"
+
+
+def _idle(runs: Iterable[Record]) -> str:
+    watts = [value for run in runs for value in (run.idle_before_w, run.idle_after_w) if value is not None]
+    if not watts:
+        return "idle draw (not read) is not subtracted"
+    return f"idle draw ({format_number(min(watts), 3)} to {format_number(max(watts), 3)} W) is not subtracted"
+
+
+def _versions(runs: Sequence[Record]) -> str:
+    kernels = ", ".join(sorted({run.kernel_version for run in runs}))
+    return f"Measured with loras-bench (kernels {kernels})."
+
+
+def carbon_notes(arms: Iterable[Arm]) -> list[str]:
+    """Estimated carbon where the experiments ask for it: joules / 3.6e6 * PUE * intensity, with the factors named."""
+    grams: dict[str, list[str]] = {}
+    for arm in arms:
+        carbon = (arm.all_runs[0].config.get("energy") or {}).get("carbon")
+        interval = arm.interval(Quantity("train_energy_j"))
+        if carbon and interval:
+            value = interval.mean / J_PER_KWH * carbon["pue"] * carbon["intensity_g_per_kwh"]
+            factors = f"{carbon['intensity_g_per_kwh']:g} g/kWh ({carbon['source']}), PUE {carbon['pue']:g}"
+            grams.setdefault(factors, []).append(f"{arm.label} {format_number(value, 3)} g")
+    return [f"Carbon of the train energy (estimated at {factors}): {', '.join(g)}." for factors, g in grams.items()]

@@ -1,0 +1,205 @@
+"""Runs blocks of experiments, each run in a fresh process forked from a server that imported torch but never touched CUDA.
+
+The parent stays light: it plans, shows progress, and names a worker that died without a record.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from loras_bench.errors import UserError
+from loras_bench.plan import PlannedRun, block_of, pretraining_of
+from loras_bench.progress import Progress
+from loras_bench.requests import Device, RunRequest
+from loras_bench.results.record import Record
+from loras_bench.results.store import load_records
+
+WARMER_C = 5.0
+"""A run starts at most this much warmer than the first of its block did, or after 30 s of cooling."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run_id: str
+    status: str
+    reason: str | None
+    temperature_c: float | None = None
+
+
+def _worker(function: str, *arguments: Any) -> None:
+    """Entry of every worker process; the parent must not import torch to name it."""
+    from loras_bench import worker
+
+    getattr(worker, function)(*arguments)
+
+
+class Workers:
+    """The fork server and the processes it forks."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["loras_bench.worker"])
+
+    def ask(self, function: str, *arguments: Any) -> Any:
+        """Call a function of `loras_bench.worker` in a process of its own, because touching CUDA must stay there.
+
+        Raises:
+            UserError: What the function raised as one.
+            RuntimeError: Any other error, or a process that died.
+        """
+        receiver, process = self._start("answer", function, arguments)
+        try:
+            kind, *content = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"the process that should answer `{function}` ended with code {process.exitcode}") from None
+        process.join()
+        if kind == "user error":
+            raise UserError(*content)
+        if kind == "error":
+            raise RuntimeError("\n".join(content))
+        return content[0]
+
+    def run(self, request: RunRequest, progress: Progress) -> Outcome:
+        """One run in one process; a worker that dies is reported as failed, with the signal."""
+        receiver, process = self._start("work", request)
+        try:
+            ending = _follow(receiver, progress)
+        except KeyboardInterrupt:
+            # A terminal interrupts the worker too; an interrupt sent to this process alone is passed on.
+            os.kill(process.pid or 0, signal.SIGTERM)
+            _follow(receiver, progress)
+            process.join()
+            raise
+        process.join()
+        if ending is None:
+            code = process.exitcode or 0
+            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return Outcome(request.run_id, "failed", f"the worker was killed ({cause}); the next call takes it up")
+        return Outcome(request.run_id, ending["status"], ending["reason"], ending.get("temperature_c"))
+
+    def _start(self, function: str, *arguments: Any) -> tuple[Connection, Any]:
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_worker, args=(function, *arguments, sender))
+        process.start()
+        sender.close()
+        return receiver, process
+
+
+def _follow(receiver: Connection, progress: Progress) -> dict[str, Any] | None:
+    """Show events until the worker says how it ended; None if it dies without a word."""
+    while True:
+        try:
+            event = receiver.recv()
+        except EOFError:
+            return None
+        if "status" in event:
+            return dict(event)
+        progress.update(event)
+
+
+class BlockRunner:
+    """Runs what is not finished, block by block; a run that fails does not stop the others."""
+
+    def __init__(
+        self, results: Path, device: Device, workers: Workers, progress: Progress, *, force: bool, stop_after_s: float | None
+    ) -> None:
+        self.results, self.device, self.workers, self.progress = results, device, workers, progress
+        self.force = force
+        self.stop_at = None if stop_after_s is None else time.monotonic() + stop_after_s
+        self.durations = durations_of(results)
+        self.outcomes: list[Outcome] = []
+
+    def run(self, blocks: Sequence[Sequence[PlannedRun]]) -> list[Outcome]:
+        """All blocks; ends early when the next run would not fit in what is left of `stop_after_s`."""
+        for block in blocks:
+            if not self._run_block(block):
+                break
+        return self.outcomes
+
+    def _run_block(self, block: Sequence[PlannedRun]) -> bool:
+        todo = [run for run in block if self.force or not run.finished]
+        cool_to_c = None
+        for position, run in enumerate(todo):
+            pretrained = self._pretrained(run)
+            if isinstance(pretrained, Outcome):
+                self.outcomes.append(Outcome(run.run_id, "failed", f"its pretraining {pretrained.status}: {pretrained.reason}"))
+                continue
+            if not self._fits(run):
+                return False
+            request = RunRequest(
+                experiment=run.experiment,
+                seed=run.seed,
+                run_id=run.run_id,
+                folder=run.folder,
+                device=self.device,
+                block=block_of(block, block.index(run)),
+                pretrained=pretrained,
+                idle_before=position == 0,
+                idle_after=position == len(todo) - 1,
+                cool_to_c=cool_to_c,
+                fresh=self.force,
+            )
+            outcome = self._run(request)
+            if cool_to_c is None and outcome.temperature_c is not None:
+                cool_to_c = outcome.temperature_c + WARMER_C
+        return True
+
+    def _run(self, request: RunRequest) -> Outcome:
+        begun = time.monotonic()
+        self.progress.start(request.run_id)
+        outcome = self.workers.run(request, self.progress)
+        seconds = time.monotonic() - begun
+        name = request.experiment.name
+        if outcome.status == "completed":
+            self.durations[name] = max(seconds, self.durations.get(name, 0.0))
+        ending = outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}"
+        self.progress.say(f"{request.run_id}  {ending}  ({seconds:.0f} s)")
+        self.outcomes.append(outcome)
+        return outcome
+
+    def _pretrained(self, run: PlannedRun) -> Path | Outcome | None:
+        """The folder of finished pretraining, made now if need be; or how it failed."""
+        first = pretraining_of(run.experiment, self.results, self.device)
+        if first is None or first.finished:
+            return first.folder if first else None
+        request = RunRequest(first.experiment, first.seed, first.run_id, first.folder, self.device)
+        outcome = self._run(request)
+        return first.folder if outcome.status == "completed" else outcome
+
+    def _fits(self, run: PlannedRun) -> bool:
+        """Whether a run ends before the stop, judged by the longest run of its arm so far, or of any arm."""
+        if self.stop_at is None:
+            return True
+        left_s = self.stop_at - time.monotonic()
+        expected_s = self.durations.get(run.experiment.name, max(self.durations.values(), default=1.0))
+        if left_s >= expected_s:
+            return True
+        self.progress.say(f"stopping: {left_s:.0f} s are left, {run.run_id} needs about {expected_s:.0f} s; call again to go on")
+        return False
+
+
+def durations_of(results: Path) -> dict[str, float]:
+    """Seconds that each arm's completed runs took, the longest of each: what the next run of it may need."""
+    durations: dict[str, float] = {}
+    if results.exists():
+        for record in load_records([results])[0]:
+            if record.status == "completed":
+                durations[record.name] = max(durations.get(record.name, 0.0), wall_seconds(record))
+    return durations
+
+
+def wall_seconds(record: Record) -> float:
+    """Wall time of a run."""
+    return (datetime.fromisoformat(record.finished_at) - datetime.fromisoformat(record.started_at)).total_seconds()

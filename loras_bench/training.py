@@ -1,0 +1,202 @@
+"""The step loop, the same for every arm: order of the data, one optimizer step, the loss log, budgets.
+
+The order of the rows depends on the seed alone, the learning rate on the step alone, so that arms of one seed see the same
+batches and a resumed run goes on where it stopped with nothing but the number of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loras_bench.config import TrainingConfig
+from loras_bench.errors import ConfigError
+from loras_bench.data import IGNORED
+from loras_bench.methods.base import Method, Taps
+from loras_bench.models.objective import Objective
+from loras_bench.optimizer import MasterAdamW, cosine_with_warmup
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from loras_bench.data import TaskData
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which rows each step takes: one shuffled pass after the other, in whole steps of equal size."""
+
+    rows: int
+    rows_per_step: int
+    micro_rows: int
+    steps: int
+    seed: int
+
+    def indices(self, step: int) -> list[int]:
+        """The rows of one optimizer step; steps beyond the plan go on in the same way."""
+        start = step * self.rows_per_step
+        taken = range(start, start + self.rows_per_step)
+        return [_shuffled(self.rows, self.seed, k // self.rows)[k % self.rows] for k in taken]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(rows: int, seed: int, number: int) -> tuple[int, ...]:
+    """The order of the rows in one pass over them."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return tuple(torch.randperm(rows, generator=generator).tolist())
+
+
+def plan_steps(config: TrainingConfig, data: TaskData, sequence_length: int, seed: int) -> StepPlan:
+    """Turn a budget in tokens or epochs into whole steps (rounded up).
+
+    Raises:
+        ConfigError: The batch does not divide into blocks or micro-batches, or is larger than the data set.
+    """
+    if data.task == "language_modeling":
+        if config.tokens_per_step is None:
+            raise ConfigError("training.batch_size is for classification", "give `tokens_per_step` for language modelling")
+        rows_per_step, rest = divmod(config.tokens_per_step, sequence_length)
+        if rest:
+            hint = f"the nearest are {max(1, rows_per_step) * sequence_length} and {(rows_per_step + 1) * sequence_length}"
+            raise ConfigError(f"training.tokens_per_step must be a multiple of the sequence length {sequence_length}", hint)
+    else:
+        if config.batch_size is None:
+            raise ConfigError("training.tokens_per_step is for language modelling", "give `batch_size` for classification")
+        rows_per_step = config.batch_size
+    micro_rows = config.micro_batch_size or rows_per_step
+    if rows_per_step % micro_rows:
+        raise ConfigError(f"training.micro_batch_size {micro_rows} does not divide the {rows_per_step} rows of a step")
+    rows = data.rows("train")
+    if rows == 0:
+        raise ConfigError("the training set is empty")
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * rows / rows_per_step)
+    else:
+        assert config.tokens is not None
+        tokens_per_row = data.real_tokens("train", range(rows)) / rows
+        steps = math.ceil(round(config.tokens / (tokens_per_row * rows_per_step), 6))
+    return StepPlan(rows, rows_per_step, micro_rows, max(1, steps), seed)
+
+
+def plan_batches(data: TaskData, plan: StepPlan, step: int) -> list[dict[str, Tensor]]:
+    """The micro-batches of a step, on the CPU, all processes' rows."""
+    indices = plan.indices(step)
+    return [data.collate("train", indices[at : at + plan.micro_rows]) for at in range(0, len(indices), plan.micro_rows)]
+
+
+class LossLog:
+    """The loss of every step, read without making the device wait: copies land in pinned memory some steps later."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.values = torch.full((steps,), math.inf, dtype=torch.float32, pin_memory=device.type == "cuda")
+        self.last = -1
+
+    def write(self, step: int, loss: Tensor) -> None:
+        self.values[step].copy_(loss, non_blocking=True)
+        self.last = step
+
+    def latest(self) -> float | None:
+        """The newest loss that has arrived."""
+        for step in range(self.last, max(-1, self.last - 64), -1):
+            if self.values[step] != math.inf:
+                return float(self.values[step])
+        return None
+
+    def check(self, *, settled: bool = False) -> None:
+        """Stop at a loss that is not a number; call with `settled` only after the device was synchronised.
+
+        Raises:
+            NonFiniteLossError: With the step.
+        """
+        seen = self.values[: self.last + 1]
+        bad = ~torch.isfinite(seen) if settled else torch.isnan(seen)
+        if bad.any():
+            step = int(bad.nonzero()[0])
+            raise NonFiniteLossError(f"the loss is {float(seen[step])} in step {step + 1}")
+
+
+class Loop:
+    """Everything one optimizer step needs, in one place.
+
+    Args:
+        objective: The model with its loss (as `accelerator.prepare` returned it).
+        methods: In stage order; their hooks are called around each step.
+        taps: What layers show to methods that ask for it, or None.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: MasterAdamW,
+        methods: Sequence[Method[Any]],
+        data: TaskData,
+        plan: StepPlan,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        taps: Taps | None,
+    ) -> None:
+        self.objective, self.optimizer, self.methods, self.data = objective, optimizer, methods, data
+        self.plan, self.config, self.accelerator, self.taps = plan, config, accelerator, taps
+        self.device = accelerator.device
+
+    def step(self, step: int) -> Tensor:
+        """One optimizer step; returns the mean loss of its targets as a device scalar, without synchronising."""
+        for method in self.methods:
+            method.before_step(step)
+        batches = plan_batches(self.data, self.plan, step)
+        targets = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            if number < len(batches) - 1:
+                with self.accelerator.no_sync(self.objective):
+                    total += self._micro_step(batch, targets, len(batches))
+            else:
+                total += self._micro_step(batch, targets, len(batches))
+            self.optimizer.collect_gradients()
+        scale = cosine_with_warmup(step, self.plan.steps, self.config.warmup_fraction)
+        self.optimizer.step(scale, self.config.max_grad_norm)
+        for method in self.methods:
+            method.after_step(step)
+        return total if self.accelerator.num_processes == 1 else self.accelerator.reduce(total, reduction="mean")
+
+    def _micro_step(self, batch: dict[str, Tensor], targets: int, parts: int) -> Tensor:
+        """Forward and backward of one micro-batch; its share of the step's mean loss."""
+        mine = {name: tensor[self.accelerator.process_index :: self.accelerator.num_processes] for name, tensor in batch.items()}
+        loss_sum, _ = self.objective(**to_device(mine, self.device))
+        # data-parallel gradients are averaged over processes, so each process scales its sum up by their number
+        loss = loss_sum * (self.accelerator.num_processes / targets)
+        objective_loss = loss.detach()
+        if self.taps is not None:
+            for method in self.methods:
+                for term in method.loss_terms(self.taps).values():
+                    loss = loss + term / parts
+            self.taps.clear()
+        self.accelerator.backward(loss)
+        return objective_loss
+
+    def run(self, start: int, stop: int, log: LossLog, on_step: Callable[[int], bool]) -> int:
+        """Steps from `start` until `stop` or until `on_step` returns True; returns the next step."""
+        for step in range(start, stop):
+            log.write(step, self.step(step))
+            if step % 10 == 9:
+                log.check()
+            if on_step(step):
+                return step + 1
+        return stop
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move a collated batch; from pinned memory to a GPU, so that the host runs ahead."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

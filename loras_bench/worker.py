@@ -1,0 +1,105 @@
+"""What runs in a worker process. The fork server imports this module, and so torch, but never touches CUDA."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loras_bench.build import assemble
+from loras_bench.config import Experiment
+from loras_bench.counting import count_training
+from loras_bench.errors import UserError
+from loras_bench.experiment import Run
+from loras_bench.metering.environment import cpu_name
+from loras_bench.requests import Device, RunRequest
+from loras_bench.results.store import RunLockedError, lock_run
+
+
+class AbandonedError(RuntimeError):
+    """The command that started the worker is gone."""
+
+
+def look_at_device(wanted: str) -> Device:
+    """Find out what the runs will run on.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("no CUDA device is available to torch", "see `loras-bench doctor`, or use --device cpu")
+    if wanted == "cpu" or not available:
+        return Device("cpu", cpu_name(), False)
+    return Device("cuda", torch.cuda.get_device_name(0), find_spec("liger_kernel") is not None)
+
+
+def facts_of(experiment: Experiment, seed: int, device: Device, pretrained: Path | None) -> dict[str, Any]:
+    """What a dry run prints: parameters and predicted FLOPs, from the model and data themselves, on the meta device."""
+    torch_loss = experiment.training.model_copy(update={"loss": "torch"})  # the same products as Liger's, without a GPU
+    run = assemble(experiment.model_copy(update={"training": torch_loss}), seed, torch.device(device.kind), pretrained)
+    total, trainable = run.parameter_counts()
+    run.objective.to("meta")
+    flops, _ = count_training(run, torch.device("meta"))
+    return {"steps": run.plan.steps, "total_parameters": total, "trainable_parameters": trainable, "flops": flops}
+
+
+QUESTIONS: dict[str, Callable[..., Any]] = {"look_at_device": look_at_device, "facts_of": facts_of}
+
+
+def answer(question: str, arguments: tuple[Any, ...], sender: Connection) -> None:
+    """Answer one question of the parent, or send the error."""
+    _be_quiet()
+    try:
+        sender.send(("ok", QUESTIONS[question](*arguments)))
+    except UserError as error:
+        sender.send(("user error", error.message, error.hint))
+    except Exception as error:
+        sender.send(("error", f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+def work(request: RunRequest, sender: Connection) -> None:
+    """Execute one run and report to the parent; the run's log takes what libraries print."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def report(event: dict[str, Any]) -> None:
+        try:
+            sender.send(event)
+        except OSError:
+            raise AbandonedError("the command that started this run is gone") from None
+
+    request.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_run(request.folder), open(request.folder / "log.txt", "a", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            _be_quiet()
+            run = Run(request, report)
+            record = run.execute()
+            ending = {"status": record.status, "reason": record.reason, "temperature_c": run.done.start_temperature_c}
+    except RunLockedError as error:
+        ending = {"status": "skipped", "reason": error.message}
+    except Exception as error:
+        traceback.print_exc()
+        ending = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    report(ending)
+
+
+def _be_quiet() -> None:
+    """Libraries advise on stderr; a run's own log is enough for that."""
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
