@@ -18,9 +18,9 @@ from loras_bench.errors import ConfigError
 from loras_bench.methods import METHODS
 from loras_bench.methods.base import Method, Taps
 from loras_bench.models.loading import LoadedModel, load_model
-from loras_bench.models.tokenizer import load_tokenizer
 from loras_bench.models.objective import Objective, unwrapped
 from loras_bench.models.saved import open_run
+from loras_bench.models.tokenizer import load_tokenizer
 from loras_bench.optimizer import MasterAdamW
 from loras_bench.training import Loop, StepPlan, plan_steps
 
@@ -83,7 +83,7 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, pretrained
     from accelerate.utils import set_seed
 
     data, tokenizer, loaded, chain_energy_j = _load(experiment, seed, pretrained)
-    model = loaded.model
+    model: nn.Module = loaded.model
     methods = build_methods(experiment, model.config)
     attention = ModelAttention.install(model, experiment.model.dense_attention, device)
     set_seed(seed)  # the adapters' first weights depend on the seed alone, not on how the model was read
@@ -101,7 +101,9 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, pretrained
     return Assembly(data, tokenizer, loaded, model, objective, attention, methods, plan, chain_energy_j)
 
 
-def _load(experiment: Experiment, seed: int, pretrained: Path | None) -> tuple[TaskData, Any, LoadedModel, float | None]:
+def _load(
+    experiment: Experiment, seed: int, pretrained: Path | None
+) -> tuple[TaskData, Any, LoadedModel, float | None]:
     """Tokenizer, data and model; from the catalog, from another run, or from scratch."""
     config = experiment.model
     origin = pretrained or (Path(config.run) if config.run else None)
@@ -122,7 +124,9 @@ def build(experiment: Experiment, seed: int, device: str, pretrained: Path | Non
 
     Args:
         experiment: Resolved for the device.
+        seed: Of the head, the adapters and the order of the data.
         device: `cuda` or `cpu`.
+        pretrained: The run that `pretrain:` made, for models from scratch.
         say: Told what is being done.
     """
     from accelerate import Accelerator
@@ -132,7 +136,9 @@ def build(experiment: Experiment, seed: int, device: str, pretrained: Path | Non
     parts = assemble(experiment, seed, accelerator.device, pretrained)
     if parts.plan.micro_rows % accelerator.num_processes:
         rows, processes = parts.plan.micro_rows, accelerator.num_processes
-        raise ConfigError(f"{rows} rows of a forward pass do not divide over {processes} processes", "see training.micro_batch_size")
+        raise ConfigError(
+            f"{rows} rows of a forward pass do not divide over {processes} processes", "see training.micro_batch_size"
+        )
     parts.model.to(accelerator.device)
     optimizer = _optimizer(experiment, parts)
     prepared: Any = parts.objective
@@ -141,7 +147,14 @@ def build(experiment: Experiment, seed: int, device: str, pretrained: Path | Non
     if experiment.training.compile:
         prepared.compile(dynamic=False)
     loop = Loop(
-        prepared, optimizer, parts.methods, parts.data, parts.plan, experiment.training, accelerator, parts.attention.taps
+        prepared,
+        optimizer,
+        parts.methods,
+        parts.data,
+        parts.plan,
+        experiment.training,
+        accelerator,
+        parts.attention.taps,
     )
     state = TrainingState(optimizer, parts.methods, accelerator.device)
     return Build(**vars(parts), optimizer=optimizer, state=state, loop=loop, accelerator=accelerator)

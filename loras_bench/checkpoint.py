@@ -1,4 +1,6 @@
-"""The state of a run between two steps: snapshots in memory and checkpoints on disk (safetensors and JSON, no pickles)."""
+"""The state of a run between two steps: snapshots in memory and checkpoints on disk (safetensors and JSON, no
+pickles).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands: parse, call, print. Data goes to stdout, everything else to stderr; nothing heavy is imported at the top."""
+"""The commands: parse, call, print. Data goes to stdout, the rest to stderr; nothing heavy is imported at the top."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-Results = Annotated[list[Path], typer.Argument(help="Results folders, run folders or result.json files.", show_default=False)]
+Results = Annotated[
+    list[Path], typer.Argument(help="Results folders, run folders or result.json files.", show_default=False)
+]
 
 
 def main() -> None:
@@ -43,25 +45,43 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command()
 def run(
-    configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="YAML files, then overrides for all of them, such as training.learning_rate=3e-4 or methods.lora.rank=8.", show_default=False)],
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [key=value ...]",
+            help="YAML files, then overrides for all of them, such as methods.lora.rank=8.",
+            show_default=False,
+        ),
+    ],
     seeds: Annotated[str, typer.Option(help="Comma-separated; each seed is a block of all arms.")] = "0",
     results: Annotated[Path, typer.Option(help="Folder that the records go to.")] = Path("results"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved YAML, run ids, what is done, parameters and predicted FLOPs; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print YAML, run ids, parameters and predicted FLOPs; train nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to run.")] = "auto",
-    stop_after: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Start no run that would not fit in what is left of this; the next call goes on.")] = None,
-) -> None:  # fmt: skip
+    stop_after: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Start no run that would not fit in what is left; the next call goes on."
+        ),
+    ] = None,
+) -> None:
     """Train, measure and evaluate experiments, interleaved seed by seed; finished runs are skipped."""
     from loras_bench.commands.run import run_experiments
 
-    raise typer.Exit(run_experiments(configs, seeds, results, device, dry_run=dry_run, force=force, stop_after_s=stop_after))
+    raise typer.Exit(
+        run_experiments(configs, seeds, results, device, dry_run=dry_run, force=force, stop_after_s=stop_after)
+    )
 
 
 @app.command()
@@ -80,9 +100,16 @@ def table(
 def pareto(
     results: Results,
     x: Annotated[str, typer.Option("--x", help="What it costs: a numeric field of the records.")] = "train_energy_j",
-    y: Annotated[str | None, typer.Option("--y", help="How good it is: a metric. Default: perplexity or accuracy, by task.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the plots (PNG, SVG, PDF) and the frontier as CSV.")] = Path("pareto"),
-) -> None:  # fmt: skip
+    y: Annotated[
+        str | None,
+        typer.Option(
+            "--y", help="How good it is: a metric. Default: perplexity or accuracy, by task.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the plots (PNG, SVG, PDF) and the frontier as CSV.")] = Path(
+        "pareto"
+    ),
+) -> None:
     """Compute which arms are not dominated, within the noise of the seeds, and plot them."""
     from loras_bench.results.pareto import describe, frontiers
     from loras_bench.results.plots import write_pareto

@@ -25,11 +25,15 @@ class DataConfig(Section):
     """What to train and evaluate on."""
 
     name: str
-    """A data set of the catalog (`wikitext-2`, `imdb`, `python-docs`, ...), a folder under $LORAS_BENCH_DATA, or a hub id `owner/name`."""
+    """A data set of the catalog (`wikitext-2`, `imdb`, `python-docs`, ...), a folder under $LORAS_BENCH_DATA, or a
+    hub id `owner/name`.
+    """
     sequence_length: int = Field(gt=1)
     """Language modelling: length of the packed blocks. Classification: texts are truncated to this many tokens."""
     validation_rows: int | None = Field(default=None, ge=1)
-    """Rows of the training set that are set aside for validation where the data set has no validation split: always the same rows."""
+    """Rows of the training set that are set aside for validation where the data set has no validation split: always
+    the same rows.
+    """
     task: Literal["language_modeling", "classification"] | None = None
     """Only for data sets outside the catalog."""
     text_fields: tuple[str, ...] | None = None
@@ -100,7 +104,9 @@ class TrainingConfig(Section):
     """Share of the steps in which the learning rate rises linearly; a cosine to zero follows."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     loss: Literal["auto", "liger", "torch"] = "auto"
-    """Cross-entropy of language models: `liger` fuses it with the output layer; `auto` takes it on a GPU where it is installed."""
+    """Cross-entropy of language models: `liger` fuses it with the output layer; `auto` takes it on a GPU where it is
+    installed.
+    """
     compile: bool = False
     """torch.compile the model's layers."""
     gradient_checkpointing: bool = False
@@ -113,7 +119,9 @@ class TrainingConfig(Section):
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError("give exactly one of `tokens` and `epochs`")
         if (self.tokens_per_step is None) == (self.batch_size is None):
-            raise ValueError("give exactly one of `tokens_per_step` (language modelling) and `batch_size` (classification)")
+            raise ValueError(
+                "give exactly one of `tokens_per_step` (language modelling) and `batch_size` (classification)"
+            )
         return self
 
 

@@ -1,4 +1,6 @@
-"""Reading an experiment: YAML with line marks, `key=value` overrides, and errors that name the line and the likely key."""
+"""Reading an experiment: YAML with line marks, `key=value` overrides, and errors that name the line and the likely
+key.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
@@ -61,7 +67,9 @@ def _walk(node: yaml.Node, location: KeyPath, source: _Source) -> None:
             line = key_node.start_mark.line + 1
             if (*location, key) in source.places:
                 first = source.places[(*location, key)].rsplit(" ", 1)[-1]
-                raise ConfigError(f"{source.path}, line {line}: key `{key}` was already given in line {first}", "keep one of the two")
+                raise ConfigError(
+                    f"{source.path}, line {line}: key `{key}` was already given in line {first}", "keep one of the two"
+                )
             _walk(value_node, (*location, key), source)
             source.places[(*location, key)] = f"{source.path}, line {line}"
 
@@ -124,7 +132,9 @@ def _list_index(items: list[Any], key: str, place: str) -> int:
     if key.isdigit() and int(key) < len(items):
         return int(key)
     choices = ", ".join(f"`{kind}`" for kind in kinds if kind) or "none"
-    raise ConfigError(f"{place}: no item `{key}` in the list", f"items there: {choices}; or an index below {len(items)}")
+    raise ConfigError(
+        f"{place}: no item `{key}` in the list", f"items there: {choices}; or an index below {len(items)}"
+    )
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -136,12 +146,16 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"no such file: {path}", "give the path of an experiment, such as configs/lora.yaml") from None
+        raise ConfigError(
+            f"no such file: {path}", "give the path of an experiment, such as configs/lora.yaml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     content, source = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: an experiment is a mapping with `name`, `data`, `model` and `training`", "see configs/lora.yaml")
+        raise ConfigError(
+            f"{path}: an experiment is a mapping with `name`, `data`, `model` and `training`", "see configs/lora.yaml"
+        )
     for override in overrides:
         _apply_override(content, override, source)
     return validate_experiment(content, source)
@@ -169,7 +183,10 @@ def _explain(error: Any, content: Any, source: _Source, more: str) -> tuple[str,
     if error["type"] == "missing":
         return f"key `{key}` is missing in {parent}, {place}{more}", None
     if error["type"] == "union_tag_not_found":
-        return f"{place}: `{'.'.join(map(str, location))}` needs a `kind`{more}", f"one of {error['ctx']['discriminator']}"
+        return (
+            f"{place}: `{'.'.join(map(str, location))}` needs a `kind`{more}",
+            f"one of {error['ctx']['discriminator']}",
+        )
     if error["type"] == "union_tag_invalid":
         tags = re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
         close = difflib.get_close_matches(str(error["ctx"]["tag"]), tags, n=1)
@@ -214,6 +231,10 @@ def _keys_at(model: type[BaseModel], location: KeyPath, content: Any) -> set[str
             if fields:
                 candidates = [found for field in fields for found in _models_of(field.annotation)]
         kind = content.get("kind") if isinstance(content, dict) else None
-        tagged = [c for c in candidates if kind and kind in typing.get_args(c.model_fields["kind"].annotation)] if kind else []
+        tagged = (
+            [c for c in candidates if kind and kind in typing.get_args(c.model_fields["kind"].annotation)]
+            if kind
+            else []
+        )
         candidates = tagged or candidates
     return {name for candidate in candidates for name in candidate.model_fields}

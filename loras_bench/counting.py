@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from loras_bench.attention.backend import Backend
 from loras_bench.build import Assembly
 from loras_bench.metering.flops import MatmulCounter
 from loras_bench.results.record import Flops
@@ -16,10 +17,16 @@ from loras_bench.training import plan_batches, to_device
 
 @dataclass
 class _ShapeCost:
-    """What a batch of one padded shape costs: its matrix products, and by layer the FLOPs of one attention pair of a head."""
+    """What a batch of one padded shape costs: its matrix products, and by layer the FLOPs of one attention pair.
+
+    `per_pair` is as the layer's backend computes it, `per_pair_fused` as a fused kernel would: the same for every
+    backend,
+    so that allowed and dense-equivalent FLOPs compare across arms.
+    """
 
     linear: float
     per_pair: dict[int, float]
+    per_pair_fused: dict[int, float]
     unknown: Counter[str]
 
 
@@ -43,8 +50,8 @@ def count_training(run: Assembly, device: torch.device) -> tuple[Flops, int]:
             linear += cost.linear
             for layer, pairs in enumerate(run.attention.pair_counts(_lengths(batch), shape[1])):
                 executed += cost.per_pair[layer] * pairs.executed
-                allowed += cost.per_pair[layer] * pairs.allowed
-                dense += cost.per_pair[layer] * pairs.dense
+                allowed += cost.per_pair_fused[layer] * pairs.allowed
+                dense += cost.per_pair_fused[layer] * pairs.dense
     unknown = sum((cost.unknown for cost in costs.values()), Counter[str]())
     repeats = run.plan.steps // steps
     flops = Flops(
@@ -64,11 +71,13 @@ def _cost_of(run: Assembly, batch: dict[str, Tensor], device: torch.device) -> _
         loss_sum.backward()
     run.objective.zero_grad(set_to_none=True)
     per_pair: defaultdict[int, float] = defaultdict(float)
+    per_pair_fused: defaultdict[int, float] = defaultdict(float)
     for call in calls:  # a recomputed layer calls its core twice
         per_pair[call.layer] += call.flops(1)
+        per_pair_fused[call.layer] += replace(call, backward_factor=Backend.backward_factor).flops(1)
     if run.attention.taps is not None:
         run.attention.taps.clear()
-    return _ShapeCost(counter.flops, dict(per_pair), counter.unknown)
+    return _ShapeCost(counter.flops, dict(per_pair), dict(per_pair_fused), counter.unknown)
 
 
 def _lengths(batch: dict[str, Tensor]) -> list[int]:

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def evaluate(objective: Objective, data: TaskData, split: str, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+def evaluate(
+    objective: Objective, data: TaskData, split: str, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
     """Score every row of a split once.
 
     Args:
         objective: The model with its loss, outside any data-parallel wrapper.
+        data: Read in the order that pads least.
+        split: `validation` or `test`.
         batch_size: Rows of one forward pass of one process.
+        accelerator: Splits the rows over its processes and adds up.
 
     Returns:
         For language modelling `loss` (nats per token), `perplexity`, `word_perplexity` and `bits_per_byte`; for

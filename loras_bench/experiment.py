@@ -176,7 +176,9 @@ class Run:
                 self._say(f"evaluating on {split}, attention {attention}")
                 with self.meter.phase("eval"):
                     if attention == "same" or all_dense:
-                        metrics = metrics or evaluate(run.objective, run.data, split, settings.batch_size, run.accelerator)
+                        metrics = metrics or evaluate(
+                            run.objective, run.data, split, settings.batch_size, run.accelerator
+                        )
                     else:
                         with run.attention.override(Dense()):
                             metrics = evaluate(run.objective, run.data, split, settings.batch_size, run.accelerator)
@@ -220,4 +222,3 @@ class Run:
                 "left_s": (run.plan.steps - step - 1) / share,
             }
         )
-

@@ -1,6 +1,7 @@
 """AdamW on float32 master weights, the same for every arm.
 
-The model computes in its own number format; the optimizer holds each trainable parameter, its gradient and its moments in
+The model computes in its own number format; the optimizer holds each trainable parameter, its gradient and its
+moments in
 float32. A bfloat16 parameter would lose updates smaller than 1/256 of its value.
 """
 
@@ -26,7 +27,8 @@ class MasterAdamW:
     """Fused AdamW whose parameters are float32 copies of the model's (the same tensors where those are float32).
 
     Args:
-        model: Its parameters with `requires_grad` are trained; call before the model is cast, so that masters are exact.
+        model: Its parameters with `requires_grad` are trained; call before the model is cast, so that masters are
+        exact.
         groups: Extra optimizer groups of methods; each holds `params` and settings of its own.
         learning_rate: Peak learning rate; `step` scales it.
         weight_decay: Decoupled decay of matrices; vectors (norms, biases) do not decay.
@@ -55,28 +57,38 @@ class MasterAdamW:
             group["params"] = [masters[id(p)] for p in group["params"]]
         self.learning_rate = learning_rate
         self.adam = torch.optim.AdamW(
-            [group for group in extra if group["params"]], lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+            [group for group in extra if group["params"]],
+            lr=learning_rate,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
         )
 
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters' and drop them: accumulation happens in float32."""
         if not self.copies:
             return
-        found = [(m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None]
-        fresh = [(m, p) for m, p in found if m.grad is None]
-        for master, parameter in fresh:
-            master.grad = torch.empty_like(master)
+        fresh: list[tuple[Tensor, Tensor]] = []
+        held: list[tuple[Tensor, Tensor]] = []
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = torch.empty_like(master)
+                fresh.append((master.grad, parameter.grad))
+            else:
+                held.append((master.grad, parameter.grad.float()))
         if fresh:
-            torch._foreach_copy_([m.grad for m, _ in fresh], [p.grad for _, p in fresh])
-        held = {id(m) for m, _ in fresh}
-        again = [(m, p) for m, p in found if id(m) not in held]
-        if again:
-            torch._foreach_add_([m.grad for m, _ in again], [p.grad.float() for _, p in again])
+            torch._foreach_copy_([mine for mine, _ in fresh], [new for _, new in fresh])
+        if held:
+            torch._foreach_add_([mine for mine, _ in held], [new for _, new in held])
         for parameter in self.parameters:
             parameter.grad = None
 
     def step(self, scale: float, max_grad_norm: float) -> Tensor:
-        """Clip, update the masters at `scale` times the peak learning rate, write them to the model; returns the norm."""
+        """Clip, update the masters at `scale` times the peak learning rate, write them to the model; returns the
+        norm.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate * scale

@@ -11,7 +11,7 @@ from pathlib import Path
 from loras_bench.config import EnergyConfig, EvaluationConfig, Experiment, canonical_hash
 from loras_bench.errors import ConfigError
 from loras_bench.requests import Device
-from loras_bench.results.record import Block, Record
+from loras_bench.results.record import Record
 from loras_bench.results.store import RECORD_FILE, is_finished, read_record, run_folder
 
 KERNEL_VERSION = "1"
@@ -39,7 +39,9 @@ def resolve(experiment: Experiment, device: Device) -> Experiment:
         loss = "liger" if device.kind == "cuda" and device.liger else "torch"
     if loss == "liger" and not (device.kind == "cuda" and device.liger):
         reason = "it runs on CUDA only" if device.kind != "cuda" else "liger-kernel is not installed"
-        raise ConfigError(f"{experiment.name}: training.loss `liger`: {reason}", 'pip install "loras-bench[gpu]", or `loss: auto`')
+        raise ConfigError(
+            f"{experiment.name}: training.loss `liger`: {reason}", 'pip install "loras-bench[gpu]", or `loss: auto`'
+        )
     return experiment.model_copy(
         update={
             "training": experiment.training.model_copy(update={"loss": loss}),
@@ -59,7 +61,9 @@ def plan_run(experiment: Experiment, seed: int, results: Path, device: Device) -
     folder = run_folder(results, identity)
     record = _existing(folder)
     finished = record is not None and is_finished(record, device.name, KERNEL_VERSION)
-    return PlannedRun(experiment, seed, identity, folder, finished, not finished and (folder / "checkpoint.json").exists())
+    return PlannedRun(
+        experiment, seed, identity, folder, finished, not finished and (folder / "checkpoint.json").exists()
+    )
 
 
 def _existing(folder: Path) -> Record | None:
@@ -70,7 +74,9 @@ def _existing(folder: Path) -> Record | None:
         return None
 
 
-def plan_blocks(experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, device: Device) -> list[list[PlannedRun]]:
+def plan_blocks(
+    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, device: Device
+) -> list[list[PlannedRun]]:
     """One block a seed: all arms, in an order shuffled by the seed, so that no arm always runs on the warmer GPU.
 
     Raises:
@@ -90,7 +96,8 @@ def plan_blocks(experiments: Sequence[Experiment], seeds: Sequence[int], results
 
 
 def pretraining_of(experiment: Experiment, results: Path, device: Device) -> PlannedRun | None:
-    """The run that makes the weights a model from scratch starts from; shared by all arms and seeds that ask for the same.
+    """The run that makes the weights a model from scratch starts from; shared by all arms and seeds that ask for the
+    same.
 
     It lies in a hidden folder of the results, because it is no arm of a comparison.
     """
@@ -107,7 +114,6 @@ def pretraining_of(experiment: Experiment, results: Path, device: Device) -> Pla
     return plan_run(resolve(first, device), 0, results / ".pretrained", device)
 
 
-def block_of(runs: Sequence[PlannedRun], position: int) -> Block:
-    """The block that a run is part of; its id tells this occasion from others with the same arms and seed."""
-    identity = canonical_hash([sorted(run.run_id for run in runs), time.strftime("%Y-%m-%dT%H:%M")])
-    return Block(id=f"seed{runs[0].seed}-{identity}", position=position, size=len(runs))
+def occasion_of(runs: Sequence[PlannedRun]) -> str:
+    """Names a block as it starts: the same arms and seed on another day are another block."""
+    return f"seed{runs[0].seed}-{canonical_hash([sorted(run.run_id for run in runs), time.time_ns()])}"

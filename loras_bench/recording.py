@@ -18,6 +18,7 @@ from loras_bench.results.record import CurvePoint, Flag, Flops, Phase, Quality, 
 from loras_bench.training import LossLog, NonFiniteLossError
 
 CURVE_POINTS = 200
+MISSING_FLAGS = ("counter_missing", "energy_missing")
 
 
 class Measurements:
@@ -73,7 +74,8 @@ class Measurements:
         steps = sorted({*range(0, run.plan.steps, stride), run.plan.steps - 1})
         per_step = self.trained_tokens / run.plan.steps
         self.loss_curve = [
-            CurvePoint(step=step + 1, tokens=round((step + 1) * per_step), loss=float(losses.values[step])) for step in steps
+            CurvePoint(step=step + 1, tokens=round((step + 1) * per_step), loss=float(losses.values[step]))
+            for step in steps
         ]
         if run.accelerator.device.type == "cuda":
             self.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -102,6 +104,8 @@ class Measurements:
         chain_before_j = getattr(self, "chain_energy_j", None)
         for phase in phases.values():
             for name, reason in phase.flags.items():
+                if request.device.kind == "cpu" and name in MISSING_FLAGS:
+                    continue  # what the run does not use is not missing; `missing` says why there are no joules
                 self.flag(name, reason if name == "counter_missing" else f"{phase.name}: {reason}")
         if self.idle_before and self.idle_after and (drift := idle_drift(self.idle_before, self.idle_after)):
             self.flag("idle_drift", drift)
@@ -151,7 +155,9 @@ class Measurements:
             "tokens_per_second": self.trained_tokens / train.seconds,
             "mean_power_w": train.mean_power_w,
         }
-        chosen, tokens = (train, self.trained_tokens) if train.seconds >= MIN_HEADLINE_S else (steady, self.steady_tokens)
+        chosen, tokens = (
+            (train, self.trained_tokens) if train.seconds >= MIN_HEADLINE_S else (steady, self.steady_tokens)
+        )
         if chosen is not None and tokens and chosen.energy_j is not None:
             figures["energy_j_per_mtoken"] = chosen.energy_j / tokens * 1e6
             figures["energy_j_per_mtoken_phase"] = chosen.name
@@ -170,7 +176,8 @@ class Measurements:
         if record.status != "completed" and record.train_seconds is None:
             return {"train_energy_j": f"the run {record.status}: {record.reason}"}
         missing: dict[str, str] = {}
-        counter = next((flag.reason for flag in self.flags if flag.name == "counter_missing"), "no reading")
+        reasons = [phase.flags[name] for phase in phases.values() for name in MISSING_FLAGS if name in phase.flags]
+        counter = reasons[0] if reasons else "no reading"
         for name in ("train_energy_j", "run_energy_j", "mean_power_w"):
             if getattr(record, name) is None:
                 missing[name] = counter
@@ -180,7 +187,9 @@ class Measurements:
         if record.lost_energy_j is None and record.resumed and self.request.device.kind == "cuda":
             missing["lost_energy_j"] = "the journal does not tell"
         if all(phase.cpu_energy_j is None for phase in phases.values()):
-            missing["cpu_energy_j"] = next((phase.cpu_reason for phase in phases.values() if phase.cpu_reason), "no reading")
+            missing["cpu_energy_j"] = next(
+                (phase.cpu_reason for phase in phases.values() if phase.cpu_reason), "no reading"
+            )
         return missing
 
 
@@ -197,7 +206,9 @@ def describe_failure(error: BaseException) -> str:
 
 
 def _phase(phase: PhaseEnergy) -> Phase:
-    details = phase.model_dump(mode="json", include={"parts", "gpus", "temperature_c", "sm_clock_mhz", "memory_clock_mhz"})
+    details = phase.model_dump(
+        mode="json", include={"parts", "gpus", "temperature_c", "sm_clock_mhz", "memory_clock_mhz"}
+    )
     details |= {"mean_power_w": phase.mean_power_w, "integral_to_counter": phase.integral_to_counter}
     return Phase(
         name=phase.name,

@@ -1,4 +1,5 @@
-"""Runs blocks of experiments, each run in a fresh process forked from a server that imported torch but never touched CUDA.
+"""Runs blocks of experiments, each run in a fresh process forked from a server that imported torch but never touched
+CUDA.
 
 The parent stays light: it plans, shows progress, and names a worker that died without a record.
 """
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from loras_bench.errors import UserError
-from loras_bench.plan import PlannedRun, block_of, pretraining_of
+from loras_bench.plan import PlannedRun, occasion_of, pretraining_of
 from loras_bench.progress import Progress
 from loras_bench.requests import Device, RunRequest
-from loras_bench.results.record import Record
+from loras_bench.results.record import Block, Record
 from loras_bench.results.store import load_records
 
 WARMER_C = 5.0
@@ -63,7 +64,9 @@ class Workers:
             kind, *content = receiver.recv()
         except EOFError:
             process.join()
-            raise RuntimeError(f"the process that should answer `{function}` ended with code {process.exitcode}") from None
+            raise RuntimeError(
+                f"the process that should answer `{function}` ended with code {process.exitcode}"
+            ) from None
         process.join()
         if kind == "user error":
             raise UserError(*content)
@@ -113,7 +116,14 @@ class BlockRunner:
     """Runs what is not finished, block by block; a run that fails does not stop the others."""
 
     def __init__(
-        self, results: Path, device: Device, workers: Workers, progress: Progress, *, force: bool, stop_after_s: float | None
+        self,
+        results: Path,
+        device: Device,
+        workers: Workers,
+        progress: Progress,
+        *,
+        force: bool,
+        stop_after_s: float | None,
     ) -> None:
         self.results, self.device, self.workers, self.progress = results, device, workers, progress
         self.force = force
@@ -130,11 +140,13 @@ class BlockRunner:
 
     def _run_block(self, block: Sequence[PlannedRun]) -> bool:
         todo = [run for run in block if self.force or not run.finished]
-        cool_to_c = None
+        occasion, cool_to_c = occasion_of(block), None
         for position, run in enumerate(todo):
             pretrained = self._pretrained(run)
             if isinstance(pretrained, Outcome):
-                self.outcomes.append(Outcome(run.run_id, "failed", f"its pretraining {pretrained.status}: {pretrained.reason}"))
+                self.outcomes.append(
+                    Outcome(run.run_id, "failed", f"its pretraining {pretrained.status}: {pretrained.reason}")
+                )
                 continue
             if not self._fits(run):
                 return False
@@ -144,7 +156,7 @@ class BlockRunner:
                 run_id=run.run_id,
                 folder=run.folder,
                 device=self.device,
-                block=block_of(block, block.index(run)),
+                block=Block(id=occasion, position=position, size=len(todo)),
                 pretrained=pretrained,
                 idle_before=position == 0,
                 idle_after=position == len(todo) - 1,
@@ -186,7 +198,9 @@ class BlockRunner:
         expected_s = self.durations.get(run.experiment.name, max(self.durations.values(), default=1.0))
         if left_s >= expected_s:
             return True
-        self.progress.say(f"stopping: {left_s:.0f} s are left, {run.run_id} needs about {expected_s:.0f} s; call again to go on")
+        self.progress.say(
+            f"stopping: {left_s:.0f} s are left, {run.run_id} needs about {expected_s:.0f} s; call again to go on"
+        )
         return False
 
 

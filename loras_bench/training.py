@@ -1,6 +1,7 @@
 """The step loop, the same for every arm: order of the data, one optimizer step, the loss log, budgets.
 
-The order of the rows depends on the seed alone, the learning rate on the step alone, so that arms of one seed see the same
+The order of the rows depends on the seed alone, the learning rate on the step alone, so that arms of one seed see the
+same
 batches and a resumed run goes on where it stopped with nothing but the number of the step.
 """
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from loras_bench.config import TrainingConfig
-from loras_bench.errors import ConfigError
 from loras_bench.data import IGNORED
+from loras_bench.errors import ConfigError
 from loras_bench.methods.base import Method, Taps
 from loras_bench.models.objective import Objective
 from loras_bench.optimizer import MasterAdamW, cosine_with_warmup
@@ -64,14 +65,22 @@ def plan_steps(config: TrainingConfig, data: TaskData, sequence_length: int, see
     """
     if data.task == "language_modeling":
         if config.tokens_per_step is None:
-            raise ConfigError("training.batch_size is for classification", "give `tokens_per_step` for language modelling")
+            raise ConfigError(
+                "training.batch_size is for classification", "give `tokens_per_step` for language modelling"
+            )
         rows_per_step, rest = divmod(config.tokens_per_step, sequence_length)
         if rest:
-            hint = f"the nearest are {max(1, rows_per_step) * sequence_length} and {(rows_per_step + 1) * sequence_length}"
-            raise ConfigError(f"training.tokens_per_step must be a multiple of the sequence length {sequence_length}", hint)
+            hint = (
+                f"the nearest are {max(1, rows_per_step) * sequence_length} and {(rows_per_step + 1) * sequence_length}"
+            )
+            raise ConfigError(
+                f"training.tokens_per_step must be a multiple of the sequence length {sequence_length}", hint
+            )
     else:
         if config.batch_size is None:
-            raise ConfigError("training.tokens_per_step is for language modelling", "give `batch_size` for classification")
+            raise ConfigError(
+                "training.tokens_per_step is for language modelling", "give `batch_size` for classification"
+            )
         rows_per_step = config.batch_size
     micro_rows = config.micro_batch_size or rows_per_step
     if rows_per_step % micro_rows:
@@ -167,11 +176,17 @@ class Loop:
         self.optimizer.step(scale, self.config.max_grad_norm)
         for method in self.methods:
             method.after_step(step)
-        return total if self.accelerator.num_processes == 1 else self.accelerator.reduce(total, reduction="mean")
+        if self.accelerator.num_processes == 1:
+            return total
+        mean: Tensor = self.accelerator.reduce(total, reduction="mean")  # type: ignore[assignment]
+        return mean
 
     def _micro_step(self, batch: dict[str, Tensor], targets: int, parts: int) -> Tensor:
         """Forward and backward of one micro-batch; its share of the step's mean loss."""
-        mine = {name: tensor[self.accelerator.process_index :: self.accelerator.num_processes] for name, tensor in batch.items()}
+        mine = {
+            name: tensor[self.accelerator.process_index :: self.accelerator.num_processes]
+            for name, tensor in batch.items()
+        }
         loss_sum, _ = self.objective(**to_device(mine, self.device))
         # data-parallel gradients are averaged over processes, so each process scales its sum up by their number
         loss = loss_sum * (self.accelerator.num_processes / targets)

@@ -45,7 +45,10 @@ def test_a_folder_is_found_with_any_split_name_and_compression(tmp_path, monkeyp
         "test": "test.txt.xz",
     }
     # CoLA's test labels are secret: its dev set is the test set.
-    assert {s: p.name for s, p in locate_data(data("cola")).files.items()} == {"train": "train.jsonl", "test": "dev.jsonl.gz"}
+    assert {s: p.name for s, p in locate_data(data("cola")).files.items()} == {
+        "train": "train.jsonl",
+        "test": "dev.jsonl.gz",
+    }
 
 
 def test_the_error_lists_every_place_and_the_way_out(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The output layer and its cross-entropy in one place, the same for every arm.
 
-`liger` never holds all logits: at 32,768 tokens and a vocabulary of 49,152 they would be 3.2 GB in bfloat16. It computes no
+`liger` never holds all logits: at 32,768 tokens and a vocabulary of 49,152 they would be 3.2 GB in bfloat16. It
+computes no
 weight gradient for a frozen output layer.
 """
 
@@ -9,11 +10,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its name everywhere)
+import torch.nn.functional as F
 from torch import Tensor
-
-IGNORED = -100
-"""The target of positions that count in no loss."""
 
 CHUNK_TOKENS = 4096
 
@@ -33,11 +31,12 @@ def linear_cross_entropy(
     if backend == "liger":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")
-        return loss(weight_vd, hidden_nd, targets_n).float()
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        summed: Tensor = loss(weight_vd, hidden_nd, targets_n)
+        return summed.float()
     total = hidden_nd.new_zeros((), dtype=torch.float32)
     for start in range(0, targets_n.numel(), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         logits_nv = F.linear(hidden_nd[part], weight_vd).float()
-        total = total + F.cross_entropy(logits_nv, targets_n[part], ignore_index=IGNORED, reduction="sum")
+        total = total + F.cross_entropy(logits_nv, targets_n[part], reduction="sum")
     return total

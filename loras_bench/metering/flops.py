@@ -1,6 +1,7 @@
 """FLOPs counted from the operations that a step executes: 2 per multiply-add, backward and recomputation included.
 
-torch's own counter counts FlexAttention as nothing (2.11) or as dense (2.13) and does not halve causal attention, so the
+torch's own counter counts FlexAttention as nothing (2.11) or as dense (2.13) and does not halve causal attention, so
+the
 attention core is left to `loras_bench.attention`, which counts pairs (see docs/kernels.md). Everything else goes
 through torch's formulas; an operation that looks like a matrix product and has no formula is named, never guessed.
 """
@@ -14,7 +15,9 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-MATMUL_LIKE = re.compile(r"(^|_)(mm|bmm|addmm|addbmm|baddbmm|mv|addmv|dot|vdot|ger|addr|matmul|linear|conv[123]d|convolution\w*|einsum|attention\w*)($|_)")
+MATMUL_LIKE = re.compile(
+    r"(^|_)(mm|bmm|addmm|addbmm|baddbmm|mv|addmv|dot|vdot|ger|addr|matmul|linear|conv[123]d|convolution\w*|einsum|attention\w*)($|_)"
+)
 """Names of operations that multiply matrices; the fused optimizers and norms do not match."""
 
 

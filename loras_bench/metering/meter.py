@@ -141,7 +141,9 @@ class Meter:
     @property
     def measures_energy(self) -> bool:
         """Whether any GPU tells its energy or power."""
-        return any(t.last is not None and (t.last.energy_j is not None or t.last.power_w is not None) for t in self._gpus)
+        return any(
+            t.last is not None and (t.last.energy_j is not None or t.last.power_w is not None) for t in self._gpus
+        )
 
     def temperature_c(self) -> float | None:
         """Temperature of the warmest GPU as the poller saw it last."""

@@ -192,7 +192,7 @@ class NvmlSource:
         fields = self._ask(nvml.nvmlDeviceGetFieldValues, self._handle, [nvml.NVML_FI_DEV_POWER_INSTANT])
         if fields is None or fields[0].nvmlReturn != nvml.NVML_SUCCESS:
             return None
-        return fields[0].value.uiVal / 1e3
+        return float(fields[0].value.uiVal / 1e3)
 
     def _power_w(self) -> float | None:
         if self.power_kind == "instant":

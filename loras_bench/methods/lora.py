@@ -52,7 +52,9 @@ class Lora(Method[LoraConfig]):
     def check(self, others: Sequence[Method[Any]], model_config: PretrainedConfig) -> None:
         """Refuse two LoRA methods in one experiment and a tied output layer that would train with the embeddings."""
         if any(isinstance(other, Lora) for other in others):
-            raise ConfigError("`lora` is listed twice in methods", "one adapter a run; raise its rank or its targets instead")
+            raise ConfigError(
+                "`lora` is listed twice in methods", "one adapter a run; raise its rank or its targets instead"
+            )
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Freeze the base, attach the adapters; a classification head stays trainable."""
@@ -82,7 +84,9 @@ class Lora(Method[LoraConfig]):
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         names = []
         for name, module in model.named_modules():
-            if (self.config.train_norms and NORM.search(name)) or (self.config.train_embeddings and module is embeddings):
+            if (self.config.train_norms and NORM.search(name)) or (
+                self.config.train_embeddings and module is embeddings
+            ):
                 names.append(name)
         return names
 

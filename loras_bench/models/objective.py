@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loras_bench.kernels.cross_entropy import linear_cross_entropy
@@ -14,7 +14,8 @@ Task = Literal["language_modeling", "classification"]
 
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper; adapters live in its layers, so calling it applies them."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 class Objective(nn.Module):

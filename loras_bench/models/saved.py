@@ -1,4 +1,6 @@
-"""What a run leaves of its weights, and how another run goes on from it: a whole model or PEFT adapters, in safetensors."""
+"""What a run leaves of its weights, and how another run goes on from it: a whole model or PEFT adapters, in
+safetensors.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class PreviousRun:
         if not (self.folder / ADAPTER).is_dir():
             raise ConfigError(f"{self.folder} holds no weights", "run it again with `save: true`")
         if self.record.task != data.task:
-            raise ConfigError(f"{self.folder}: adapters of {self.record.task} do not fit {data.task}", "go on from a full model")
+            raise ConfigError(
+                f"{self.folder}: adapters of {self.record.task} do not fit {data.task}", "go on from a full model"
+            )
         from peft import PeftModel
 
         base_name = json.loads((self.folder / ADAPTER / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -84,7 +88,11 @@ def open_run(folder: Path) -> PreviousRun:
     try:
         record = read_record(folder / RECORD_FILE)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.run: no finished run in {folder} ({error})", "give the folder that holds result.json") from None
+        raise ConfigError(
+            f"model.run: no finished run in {folder} ({error})", "give the folder that holds result.json"
+        ) from None
     if record.status != "completed":
-        raise ConfigError(f"model.run: {folder} did not finish ({record.status}: {record.reason})", "run it to its end first")
+        raise ConfigError(
+            f"model.run: {folder} did not finish ({record.status}: {record.reason})", "run it to its end first"
+        )
     return PreviousRun(folder, record, load_tokenizer(ModelConfig(name=str(folder / TOKENIZER)), None))

@@ -1,4 +1,6 @@
-"""What one run leaves behind: `result.json`, schema-versioned, units in the names, None with a reason where nothing was measured."""
+"""What one run leaves behind: `result.json`, schema-versioned, units in the names, None with a reason where nothing
+was measured.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Quality(_Part):
     attention: Literal["same", "dense"]
     """`same`: with the pattern it was trained with; `dense`: every pair."""
     metrics: dict[str, float]
-    """For language modelling `perplexity` (per token), `word_perplexity`, `bits_per_byte`, `loss`; for classification `accuracy`, `loss`."""
+    """For language modelling `perplexity` (per token), `word_perplexity`, `bits_per_byte`, `loss`; for classification
+    `accuracy`, `loss`.
+    """
     protocol: dict[str, Any]
     """Tokenizer, block length, how the tail is scored, truncation, counts of tokens, words, bytes or rows."""
 

@@ -138,12 +138,18 @@ def _record_files(paths: Iterable[Path | str], problems: list[Problem]) -> list[
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"no such file or folder: {path}", "give a results folder, a run folder or a result.json")
-        matches = [path] if path.is_file() else sorted(path.rglob(RECORD_FILE))
+        # Hidden folders hold what is no arm of a comparison, such as pretraining.
+        below = (file for file in sorted(path.rglob(RECORD_FILE)) if not _is_hidden(file.relative_to(path)))
+        matches = [path] if path.is_file() else list(below)
         if not matches:
             problems.append(Problem(path, f"no {RECORD_FILE} in it"))
         for match in matches:
             files.setdefault(match.resolve(), match)
     return list(files.values())
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def is_finished(record: Record, device: str, kernel_version: str) -> bool:

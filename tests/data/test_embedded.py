@@ -19,7 +19,7 @@ def test_topics_are_the_language_reference():
     splits = read_embedded(DATASETS["python-topics"])
     assert sum(len(split) for split in splits.values()) > 60
     assert sum(len(text) for split in splits.values() for text in split.columns[0]) > 400_000
-    assert any("The \"if\" statement" in text for split in splits.values() for text in split.columns[0])
+    assert any('The "if" statement' in text for split in splits.values() for text in split.columns[0])
 
 
 def test_docstrings_are_read_without_importing_and_without_repetition():

@@ -85,7 +85,9 @@ def test_the_content_hash_follows_texts_labels_and_splits(root):
 
 
 def test_labels_of_other_sets_are_numbered_by_name(root):
-    write_rows(root / "mine" / "train.jsonl.xz", [{"a": "x", "b": "y", "kind": kind} for kind in ("spam", "ham", "spam")])
+    write_rows(
+        root / "mine" / "train.jsonl.xz", [{"a": "x", "b": "y", "kind": kind} for kind in ("spam", "ham", "spam")]
+    )
     config = DataConfig(
         name="mine", task="classification", text_fields=("a", "b"), label_field="kind", sequence_length=8
     )
