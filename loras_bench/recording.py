@@ -41,6 +41,8 @@ class Measurements:
         self.warmup_steps = 0
         self.steady_tokens: int | None = None
         self.trained_tokens = 0
+        self.origin: dict[str, Any] = {}
+        self.chain_energy_j: float | None = None
         self.facts: dict[str, Any] = {
             "task": "language_modeling" if experiment.training.tokens_per_step else "classification",
             "model": experiment.model.name or experiment.model.run or "from scratch",
@@ -64,6 +66,7 @@ class Measurements:
             "steps": run.plan.steps,
             "flops": flops,
         }
+        self.origin = {"model_origin": dict(run.loaded.origin), "dropout": dict(run.loaded.dropout)}
         if flops.incomplete:
             self.flag("flops_incomplete", f"no formula for {', '.join(flops.incomplete)}")
 
@@ -101,7 +104,7 @@ class Measurements:
         """The record of the run, whole or not."""
         request, phases = self.request, meter.phases()
         run_energy_j = meter.run().energy_j
-        chain_before_j = getattr(self, "chain_energy_j", None)
+        chain_before_j = self.chain_energy_j
         for phase in phases.values():
             for name, reason in phase.flags.items():
                 if request.device.kind == "cpu" and name in MISSING_FLAGS:
@@ -124,7 +127,7 @@ class Measurements:
             device=request.device.name,
             config=request.experiment.model_dump(mode="json"),
             kernel_version=KERNEL_VERSION,
-            environment=collect_environment() | {"warmup_steps": self.warmup_steps},
+            environment=collect_environment() | {"warmup_steps": self.warmup_steps} | self.origin,
             run_energy_j=run_energy_j,
             chain_energy_j=None if run_energy_j is None or chain_before_j is None else run_energy_j + chain_before_j,
             lost_energy_j=meter.lost_energy_j,

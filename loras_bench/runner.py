@@ -49,6 +49,7 @@ class Workers:
     """The fork server and the processes it forks."""
 
     def __init__(self) -> None:
+        os.environ["TQDM_DISABLE"] = "1"  # libraries' bars would tear our progress; workers inherit it
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["loras_bench.worker"])
 

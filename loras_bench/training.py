@@ -164,7 +164,7 @@ class Loop:
             method.before_step(step)
         batches = plan_batches(self.data, self.plan, step)
         targets = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
-        total = torch.zeros((), device=self.device)
+        total: Tensor = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             if number < len(batches) - 1:
                 with self.accelerator.no_sync(self.objective):
@@ -190,14 +190,14 @@ class Loop:
         loss_sum, _ = self.objective(**to_device(mine, self.device))
         # data-parallel gradients are averaged over processes, so each process scales its sum up by their number
         loss = loss_sum * (self.accelerator.num_processes / targets)
-        objective_loss = loss.detach()
+        share: Tensor = loss.detach()
         if self.taps is not None:
             for method in self.methods:
                 for term in method.loss_terms(self.taps).values():
                     loss = loss + term / parts
             self.taps.clear()
         self.accelerator.backward(loss)
-        return objective_loss
+        return share
 
     def run(self, start: int, stop: int, log: LossLog, on_step: Callable[[int], bool]) -> int:
         """Steps from `start` until `stop` or until `on_step` returns True; returns the next step."""

@@ -96,10 +96,12 @@ def work(request: RunRequest, sender: Connection) -> None:
 
 def _be_quiet() -> None:
     """Libraries advise on stderr; a run's own log is enough for that."""
+    import datasets
     import transformers
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loras_bench.attention.families import DROPOUT_FIELD
 from loras_bench.catalog import ModelLocation, Task, locate_model
 from loras_bench.errors import ConfigError, UserError
 from loras_bench.models.gguf import as_safetensors, file_sha256
@@ -77,6 +78,7 @@ def load_model(
     location = as_safetensors(found)
     hf_config = _read_config(location)
     _check_family(hf_config, task)
+    attention_dropout = getattr(hf_config, DROPOUT_FIELD[hf_config.model_type])
     _fit_to_task(hf_config, task, tokenizer, num_labels)
     if hf_config.vocab_size < len(tokenizer):
         raise UserError(
@@ -85,7 +87,11 @@ def load_model(
         )
     with _seeded(seed):
         model, fresh = _read_weights(location, hf_config, task)
-    return _loaded(model, location.label, {**_origin(found), "fresh_parameters": fresh})
+    return _loaded(
+        model,
+        location.label,
+        {**_origin(found), "fresh_parameters": fresh, "attention_dropout_removed": attention_dropout},
+    )
 
 
 def _from_scratch(
@@ -119,6 +125,10 @@ def _check_architecture(family: str, given: Mapping[str, Any]) -> None:
     if "vocab_size" in given:
         raise ConfigError(
             "model.architecture.vocab_size follows the tokenizer", "set model.tokenizer.vocabulary instead"
+        )
+    if given.get(DROPOUT_FIELD[family]):
+        raise ConfigError(
+            f"model.architecture.{DROPOUT_FIELD[family]}: no sparse kernel drops attention weights", "leave it out"
         )
     known = AutoConfig.for_model(family)
     for key in given:
@@ -181,6 +191,8 @@ def _check_family(hf_config: PretrainedConfig, task: Task) -> None:
 def _fit_to_task(hf_config: PretrainedConfig, task: Task, tokenizer: PreTrainedTokenizerBase, num_labels: int) -> None:
     # Classifiers on decoders find a text's last token by the padding token; RoBERTa counts positions by it.
     hf_config.pad_token_id = tokenizer.pad_token_id
+    # No sparse kernel drops attention weights, so no arm does; the record keeps what the checkpoint asked for.
+    setattr(hf_config, DROPOUT_FIELD[hf_config.model_type], 0.0)
     if task == "classification":
         hf_config.num_labels = num_labels
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import sys
 
 import pytest
@@ -8,6 +9,11 @@ from loras_bench.catalog import DATASETS
 from loras_bench.config import DataConfig
 from loras_bench.data import load_data, training_texts
 from loras_bench.data.embedded import MODULE_GROUPS, docstrings, read_embedded, split_of
+
+
+@pytest.fixture(scope="module")
+def found():
+    return docstrings()
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +28,7 @@ def test_topics_are_the_language_reference():
     assert any('The "if" statement' in text for split in splits.values() for text in split.columns[0])
 
 
-def test_docstrings_are_read_without_importing_and_without_repetition():
-    found = docstrings()
+def test_docstrings_are_read_without_importing_and_without_repetition(found):
     texts = [text for _, text in found]
     assert len(texts) == len(set(texts)) > 5_000
     assert "turtle" not in sys.modules and "antigravity" not in sys.modules
@@ -34,9 +39,6 @@ def test_docstrings_are_read_without_importing_and_without_repetition():
 
 
 def test_splits_are_fixed():
-    # Hand-computed: sha256("json") = 4b70..., sha256("argparse") ...: the first four bytes over 2**32.
-    import hashlib
-
     for key in ("json", "argparse", "a", ""):
         share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
         assert split_of(key) == ("train" if share < 0.8 else "validation" if share < 0.9 else "test")
@@ -53,8 +55,8 @@ def test_every_group_has_enough_rows_in_every_split(modules):
         assert max(labels.count(label) for label in range(len(names))) < 0.35 * len(labels)
 
 
-def test_no_module_is_in_two_splits(modules):
-    by_text = {text: module for module, text in docstrings()}
+def test_no_module_is_in_two_splits(modules, found):
+    by_text = {text: module for module, text in found}
     of_split = [{by_text[text] for text in modules[split].columns[0]} for split in ("train", "validation", "test")]
     assert not of_split[0] & of_split[1] and not of_split[0] & of_split[2] and not of_split[1] & of_split[2]
 
