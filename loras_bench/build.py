@@ -83,6 +83,11 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, pretrained
     from accelerate.utils import set_seed
 
     data, tokenizer, loaded, chain_energy_j = _load(experiment, seed, pretrained)
+    if loaded.max_positions is not None and experiment.data.sequence_length > loaded.max_positions:
+        raise ConfigError(
+            f"data.sequence_length {experiment.data.sequence_length} is longer than {loaded.label} can read",
+            f"it has positions for {loaded.max_positions} tokens",
+        )
     model: nn.Module = loaded.model
     methods = build_methods(experiment, model.config)
     attention = ModelAttention.install(model, experiment.model.dense_attention, device)
@@ -93,7 +98,9 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, pretrained
         raise ConfigError("nothing is trained: every parameter is frozen")
     if experiment.training.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
-        unwrapped(model).enable_input_require_grads()
+        # transformers lets the embeddings' output require gradients, which only reentrant checkpointing needs: LoRA
+        # would compute gradients of the first layer's input for nothing.
+        unwrapped(model).disable_input_require_grads()
     if any(method.wants_taps for method in methods):
         attention.taps = Taps()
     plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
@@ -108,7 +115,9 @@ def _load(
     config = experiment.model
     origin = pretrained or (Path(config.run) if config.run else None)
     previous = open_run(origin) if origin else None
-    tokenizer = previous.tokenizer if previous else load_tokenizer(config, lambda: training_texts(experiment.data))
+    # A dry run may come before its pretraining: the tokenizer is trained on what pretraining will read.
+    texts_of = (experiment.pretrain or experiment).data
+    tokenizer = previous.tokenizer if previous else load_tokenizer(config, lambda: training_texts(texts_of))
     splits: Sequence[str] = ("train", *experiment.evaluation.splits)
     if experiment.evaluation.every_tokens is not None and "validation" not in splits:
         splits = (*splits, "validation")
@@ -131,7 +140,7 @@ def build(experiment: Experiment, seed: int, device: str, pretrained: Path | Non
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")  # not what the launcher's defaults say
     say("loading data and model")
     parts = assemble(experiment, seed, accelerator.device, pretrained)
     if parts.plan.micro_rows % accelerator.num_processes:

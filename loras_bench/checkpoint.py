@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loras_bench.methods.base import Method
 from loras_bench.optimizer import MasterAdamW
+from loras_bench.plan import CHECKPOINT_FILE
 
-TENSORS, FACTS = "checkpoint.safetensors", "checkpoint.json"
+TENSORS, FACTS = "checkpoint.safetensors", CHECKPOINT_FILE
 
 
 class TrainingState:
@@ -72,16 +74,16 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """The newest whole checkpoint of a run, or None."""
+    """The newest checkpoint of a run; None if there is none, or none that can be read."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         return facts, load_file(folder / facts["tensors"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return None
 
 
 def remove_checkpoint(folder: Path) -> None:
     """A finished run needs none."""
-    (folder / FACTS).unlink(missing_ok=True)
-    for file in folder.glob(f"*{TENSORS}*"):
+    (folder / FACTS).unlink(missing_ok=True)  # first: facts without their tensors would be no checkpoint
+    for file in (*folder.glob(f"*{TENSORS}*"), *folder.glob(f".{FACTS}.*")):
         file.unlink()

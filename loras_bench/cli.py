@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -15,9 +16,11 @@ from loras_bench.errors import UserError
 app = typer.Typer(
     name="loras-bench",
     help="What efficient-training techniques really cost and save: joules, time, memory, FLOPs and quality, measured.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,  # plain help comes in half the time
+    pretty_exceptions_enable=False,
 )
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+"""Click's, or that of the copy of click that newer typers carry."""
 
 Results = Annotated[
     list[Path], typer.Argument(help="Results folders, run folders or result.json files.", show_default=False)
@@ -25,16 +28,21 @@ Results = Annotated[
 
 
 def main() -> None:
-    """Entry of `loras-bench`: an error of the user's is two lines and status 2, an interrupt is status 130."""
+    """Entry of `loras-bench`: what the user can mend takes two lines and status 2; an interrupt is status 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interrupt
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _refuse(error.message, error.hint)
+    except UsageError as error:
+        _refuse(error.format_message(), f"see `{error.ctx.command_path if error.ctx else 'loras-bench'} --help`")
+
+
+def _refuse(message: str, hint: str | None) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _version(wanted: bool) -> None:
@@ -76,7 +84,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Train, measure and evaluate experiments, interleaved seed by seed; finished runs are skipped."""
+    """Train, measure and evaluate experiments. Interleaved seed by seed; finished runs are skipped."""
     from loras_bench.commands.run import run_experiments
 
     raise typer.Exit(
@@ -89,7 +97,7 @@ def table(
     results: Results,
     format: Annotated[Literal["md", "csv", "tex", "json"], typer.Option(help="Form of the tables.")] = "md",
 ) -> None:
-    """Print comparison tables: one for each data set, model, length, budget and device."""
+    """Print comparison tables. One for each data set, model, length, budget and device."""
     from loras_bench.results.render import render
     from loras_bench.results.tables import build_tables
 
@@ -110,7 +118,7 @@ def pareto(
         "pareto"
     ),
 ) -> None:
-    """Compute which arms are not dominated, within the noise of the seeds, and plot them."""
+    """Plot which arms are not dominated. Differences within the noise of the seeds are said to be so."""
     from loras_bench.results.pareto import describe, frontiers
     from loras_bench.results.plots import write_pareto
 
@@ -122,7 +130,7 @@ def pareto(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say what this machine can measure and run, and what is missing; status 1 if something required is."""
+    """Say what this machine can measure and run. Status 1 if something required is missing."""
     from loras_bench.metering import doctor as examination
 
     checks = examination.doctor()

@@ -18,15 +18,15 @@ from loras_bench.methods import MethodUnion
 class Section(BaseModel):
     """A part of the YAML file: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
     """What to train and evaluate on."""
 
     name: str
-    """A data set of the catalog (`wikitext-2`, `imdb`, `python-docs`, ...), a folder under $LORAS_BENCH_DATA, or a
-    hub id `owner/name`.
+    """A data set of the catalog (`wikitext-2`, `imdb`, `python-docstrings`, ...), a folder under $LORAS_BENCH_DATA, or
+    a hub id `owner/name`.
     """
     sequence_length: int = Field(gt=1)
     """Language modelling: length of the packed blocks. Classification: texts are truncated to this many tokens."""
@@ -49,7 +49,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """A byte-level BPE tokenizer trained on the model's own (pre)training text: for models from scratch."""
 
-    vocabulary: int = Field(default=2048, ge=257)
+    vocabulary: int = Field(default=2048, ge=258)
     """Number of tokens, the 256 bytes and the special tokens included."""
 
 
@@ -155,7 +155,7 @@ class EnergyConfig(Section):
     idle_seconds: float = Field(default=10.0, ge=0)
     """Length of the idle reading at both ends of a block; 0 leaves it out."""
     carbon: CarbonConfig | None = None
-    codecarbon_country: str | None = None
+    codecarbon_country: str | None = Field(default=None, pattern=r"^[A-Z]{3}$")
     """ISO code (`FRA`): adds CodeCarbon's estimates for CPU, RAM, carbon and water, labelled as estimates."""
 
 

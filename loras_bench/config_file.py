@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,12 +19,33 @@ from loras_bench.config import Experiment
 from loras_bench.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+_SHAPES = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+}
+"""What pydantic says in Python's words, in YAML's."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-4` is a float, `NO` and `12:30` are text; everything else as in SafeLoader."""
+    """YAML 1.2's plain scalars: `1e-4` is a float, `NO` and `12:30` are text; no aliases; else as in SafeLoader."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """An alias may contain itself, or grow without end; a value written out reads as well."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"aliases such as *{event.anchor} are not read; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)  # type: ignore[no-any-return]
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """`010` is ten; YAML 1.1 reads it as an octal number."""
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 16 if text.startswith("0x") else 10)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -40,60 +61,75 @@ for _tag, _pattern, _first in (
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^$"), [""])
 
 
-class _Source:
-    """Where each key came from: line numbers of a file, or the text of an override."""
+class Place(NamedTuple):
+    """Where a value was written: a line of a file, or an override of it."""
+
+    origin: str
+    line: int | None
+
+    def __str__(self) -> str:
+        return f"{self.origin}{self.on_line}"
+
+    @property
+    def on_line(self) -> str:
+        return f", line {self.line}" if self.line else ""
+
+
+class Source:
+    """Where each key of an experiment came from."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.places: dict[KeyPath, str] = {}
+        self.places: dict[KeyPath, Place] = {}
 
-    def place(self, location: KeyPath) -> str:
+    def place(self, location: KeyPath) -> Place:
         """The place of the innermost known part of a key path."""
-        for end in range(len(location), -1, -1):
-            if location[:end] in self.places:
-                return self.places[location[:end]]
-        return self.path
+        inner_first = (location[:end] for end in range(len(location), -1, -1))
+        return next((self.places[part] for part in inner_first if part in self.places), Place(self.path, None))
+
+    def replace(self, location: KeyPath, place: Place) -> None:
+        """A key and all under it were written anew."""
+        self.places = {key: old for key, old in self.places.items() if key[: len(location)] != location}
+        self.places[location] = place
 
 
-def _walk(node: yaml.Node, location: KeyPath, source: _Source) -> None:
+def _walk(node: yaml.Node, location: KeyPath, source: Source) -> None:
     """Record the line of every key and refuse duplicates."""
-    source.places[location] = f"{source.path}, line {node.start_mark.line + 1}"
+    source.places.setdefault(location, Place(source.path, node.start_mark.line + 1))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _walk(item, (*location, index), source)
     elif isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            key = str(key_node.value)
+            key = (*location, str(key_node.value))
             line = key_node.start_mark.line + 1
-            if (*location, key) in source.places:
-                first = source.places[(*location, key)].rsplit(" ", 1)[-1]
+            if key in source.places:
                 raise ConfigError(
-                    f"{source.path}, line {line}: key `{key}` was already given in line {first}", "keep one of the two"
+                    f"{source.path}, line {line}: key `{key[-1]}` was already given in line {source.places[key].line}",
+                    "keep one of the two",
                 )
-            _walk(value_node, (*location, key), source)
-            source.places[(*location, key)] = f"{source.path}, line {line}"
+            source.places[key] = Place(source.path, line)
+            _walk(value_node, key, source)
 
 
-def parse_yaml(text: str, path: str) -> tuple[Any, _Source]:
+def parse_yaml(text: str, path: str) -> tuple[Any, Source]:
     """Parse YAML text into plain Python values and the places of their keys.
 
     Raises:
-        ConfigError: The text is not YAML, uses a tag, or gives a key twice.
+        ConfigError: The text is not YAML, uses an alias or a tag, or gives a key twice.
     """
-    source = _Source(path)
-    loader = _Loader(text)
+    source = Source(path)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, source
         _walk(node, (), source)
         return loader.construct_document(node), source
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is `!!int x`
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise ConfigError(f"{Place(path, mark.line + 1 if mark else None)}: not valid YAML: {problem}") from None
 
 
 def is_override(argument: str) -> bool:
@@ -101,11 +137,11 @@ def is_override(argument: str) -> bool:
     return re.match(r"^[A-Za-z_][\w.-]*=", argument) is not None and not Path(argument).exists()
 
 
-def _apply_override(content: Any, override: str, source: _Source) -> None:
+def _apply_override(content: Any, override: str, source: Source) -> None:
     """Set one dotted key in place; list items are named by index or, for methods, by kind."""
     dotted, _, value_text = override.partition("=")
-    value, _ = parse_yaml(value_text, f"override `{override}`")
-    place = f"override `{override}`"
+    place = Place(f"{source.path}, override `{override}`", None)
+    value, _ = parse_yaml(value_text, str(place))
     target, location = content, ()  # type: tuple[Any, KeyPath]
     keys: list[str | int] = list(dotted.split("."))
     for position, key in enumerate(keys):
@@ -116,25 +152,22 @@ def _apply_override(content: Any, override: str, source: _Source) -> None:
         location = (*location, key)
         if position == len(keys) - 1:
             target[key] = value
-        elif isinstance(target, dict):
-            if target.get(key) is None:
-                target[key] = {}
-            target = target[key]
+            source.replace(location, place)
         else:
-            target = target[typing.cast(int, key)]
-    source.places[location] = place
+            if isinstance(target, dict) and target.get(key) is None:
+                target[key] = {}
+                source.replace(location, place)
+            target = target[key]
 
 
-def _list_index(items: list[Any], key: str, place: str) -> int:
+def _list_index(items: list[Any], key: str, place: Place) -> int:
     kinds = [item.get("kind") if isinstance(item, dict) else None for item in items]
     if key in kinds:
         return kinds.index(key)
-    if key.isdigit() and int(key) < len(items):
+    if key.isdecimal() and int(key) < len(items):
         return int(key)
-    choices = ", ".join(f"`{kind}`" for kind in kinds if kind) or "none"
-    raise ConfigError(
-        f"{place}: no item `{key}` in the list", f"items there: {choices}; or an index below {len(items)}"
-    )
+    choices = ", ".join(f"`{name}`" for name in (*filter(None, kinds), *range(len(items))))
+    raise ConfigError(f"{place}: no item `{key}` in the list", f"items: {choices}" if items else "the list is empty")
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -158,60 +191,77 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         )
     for override in overrides:
         _apply_override(content, override, source)
-    return validate_experiment(content, source)
-
-
-def validate_experiment(content: dict[str, Any], source: _Source) -> Experiment:
-    """Turn plain values into an `Experiment`, translating pydantic's errors into ours."""
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ConfigError(*_explain(first, content, source, more)) from None
+        errors = error.errors(include_url=False)
+        # A misspelt key is two errors, an unknown key and a missing one: the first says what to do.
+        first = min(errors, key=lambda item: item["type"] != "extra_forbidden")
+        raise ConfigError(*_explain(first, content, source)) from None
 
 
-def _explain(error: Any, content: Any, source: _Source, more: str) -> tuple[str, str | None]:
+def _explain(error: Any, content: Any, source: Source) -> tuple[str, str | None]:
+    """One of pydantic's errors in our words: the message and the hint."""
     location = _locate(error["loc"], content)
     place, key = source.place(location), location[-1] if location else ""
-    parent = ".".join(str(part) for part in location[:-1]) or "the experiment"
-    if error["type"] == "extra_forbidden":
-        known = sorted(_keys_at(Experiment, location[:-1], content))
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key `{key}` in {parent}, {place}{more}", hint
-    if error["type"] == "missing":
-        return f"key `{key}` is missing in {parent}, {place}{more}", None
-    if error["type"] == "union_tag_not_found":
-        return (
-            f"{place}: `{'.'.join(map(str, location))}` needs a `kind`{more}",
-            f"one of {error['ctx']['discriminator']}",
-        )
-    if error["type"] == "union_tag_invalid":
-        tags = re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
-        close = difflib.get_close_matches(str(error["ctx"]["tag"]), tags, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known kinds: {', '.join(tags)}"
-        return f"{place}: unknown kind `{error['ctx']['tag']}`{more}", hint
-    message = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(error["input"], dict) else f", not `{error['input']}`"
-    name = ".".join(str(part) for part in location)
-    return f"{place}: {f'`{name}`: ' if name else ''}{message}{shown}{more}", None
+    name, parent = _name(location, content), _name(location[:-1], content) or "the experiment"
+    match error["type"]:
+        case "extra_forbidden":
+            known = {field for model in _models_at(location[:-1], content) for field in model.model_fields}
+            guess, hint = _did_you_mean(str(key), known, "known keys")
+            return f"{place.origin}: unknown key `{key}` in {parent}{place.on_line}{guess}", hint
+        case "missing":
+            return f"{place.origin}: key `{key}` is missing in {parent}{place.on_line}", None
+        case "union_tag_not_found":
+            return f"{place}: `{name}` needs a `kind`", f"known kinds: {', '.join(_kinds_at(location, content))}"
+        case "union_tag_invalid":
+            guess, hint = _did_you_mean(str(error["ctx"]["tag"]), _kinds_at(location, content), "known kinds")
+            return f"{place}: unknown kind `{error['ctx']['tag']}` in {parent}{guess}", hint
+    message = _SHAPES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    shown = "" if isinstance(given, dict | list) else f", not `{given}`"
+    return f"{place}: {f'`{name}`: ' if name else ''}{message}{shown}", None
 
 
-def _locate(loc: Iterable[str | int], content: Any) -> KeyPath:
-    """Drop the union tags that pydantic puts into locations: keep what leads through the content."""
+def _did_you_mean(word: str, known: Iterable[str], what: str) -> tuple[str, str | None]:
+    """The end of the message if a known word is close, else a hint that lists them all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return (f"; did you mean `{close[0]}`?", None) if close else ("", f"{what}: {', '.join(names)}")
+
+
+def _child(content: Any, part: str | int) -> Any:
+    """What a key or index leads to; a key of YAML may be a number where the location has its text."""
+    if isinstance(content, dict):
+        return next((value for key, value in content.items() if str(key) == str(part)), None)
+    return content[part] if isinstance(content, list) and isinstance(part, int) and part < len(content) else None
+
+
+def _locate(loc: Sequence[str | int], content: Any) -> KeyPath:
+    """Keep what leads through the content of a location of pydantic's, which names the members of unions too."""
     path: list[str | int] = []
     parts = list(loc)
-    for index, part in enumerate(parts):
-        if isinstance(content, dict) and isinstance(part, str):
-            if part not in content and content.get("kind") == part and index < len(parts) - 1:
-                continue
-            path.append(part)
-            content = content.get(part)
-        elif isinstance(content, (list, tuple)) and isinstance(part, int) and part < len(content):
-            path.append(part)
-            content = content[part]
+    while parts:
+        if isinstance(content, dict) and "kind" in content and parts[0] == content["kind"]:
+            del parts[0]  # chosen by its kind; a key of the same name would come after it
+            if not parts:
+                break
+        if not isinstance(content, dict | list):
+            break
+        part = parts.pop(0)
+        path.append(str(part) if isinstance(content, dict) else part)
+        content = _child(content, path[-1])
     return tuple(path)
+
+
+def _name(location: KeyPath, content: Any) -> str:
+    """A dotted key as an override writes it: items of a list by kind where they have one."""
+    names = []
+    for part in location:
+        content = _child(content, part)
+        kind = content.get("kind") if isinstance(part, int) and isinstance(content, dict) else None
+        names.append(str(kind or part))
+    return ".".join(names)
 
 
 def _models_of(annotation: Any) -> list[type[BaseModel]]:
@@ -221,20 +271,22 @@ def _models_of(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in typing.get_args(annotation) for model in _models_of(part)]
 
 
-def _keys_at(model: type[BaseModel], location: KeyPath, content: Any) -> set[str]:
-    """The keys that the schema knows at a location."""
-    candidates = [model]
+def _models_at(location: KeyPath, content: Any) -> list[type[BaseModel]]:
+    """The models that the schema allows at a location; where the content names a known kind, those of this kind."""
+    models: list[type[BaseModel]] = [Experiment]
     for part in location:
-        content = content[part]
-        if isinstance(part, str):
-            fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
-            if fields:
-                candidates = [found for field in fields for found in _models_of(field.annotation)]
+        content = _child(content, part)
+        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        if fields:
+            models = [found for field in fields for found in _models_of(field.annotation)]
         kind = content.get("kind") if isinstance(content, dict) else None
-        tagged = (
-            [c for c in candidates if kind and kind in typing.get_args(c.model_fields["kind"].annotation)]
-            if kind
-            else []
-        )
-        candidates = tagged or candidates
-    return {name for candidate in candidates for name in candidate.model_fields}
+        models = [model for model in models if kind in _kinds(model)] or models
+    return models
+
+
+def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    return typing.get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
+
+
+def _kinds_at(location: KeyPath, content: Any) -> list[str]:
+    return [kind for model in _models_at(location, content) for kind in _kinds(model)]

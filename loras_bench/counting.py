@@ -20,8 +20,7 @@ class _ShapeCost:
     """What a batch of one padded shape costs: its matrix products, and by layer the FLOPs of one attention pair.
 
     `per_pair` is as the layer's backend computes it, `per_pair_fused` as a fused kernel would: the same for every
-    backend,
-    so that allowed and dense-equivalent FLOPs compare across arms.
+    backend, so that allowed and dense-equivalent FLOPs compare across arms.
     """
 
     linear: float
@@ -30,11 +29,16 @@ class _ShapeCost:
     unknown: Counter[str]
 
 
-def count_training(run: Assembly, device: torch.device) -> tuple[Flops, int]:
+def count_training(run: Assembly, device: torch.device, processes: int = 1) -> tuple[Flops, int]:
     """FLOPs and tokens, padding included, of all steps of the plan; on the meta device nothing is computed.
 
     The matrix products of a batch depend on its padded shape alone, so one forward and backward pass of each shape is
     executed under the counter. Attention pairs are counted from each batch's own lengths.
+
+    Args:
+        run: With all methods applied.
+        device: Where its model is.
+        processes: Of the job; this one executes its share of a batch, and all shares cost the same.
     """
     costs: dict[tuple[int, ...], _ShapeCost] = {}
     linear = executed = allowed = dense = 0.0
@@ -45,9 +49,10 @@ def count_training(run: Assembly, device: torch.device) -> tuple[Flops, int]:
             shape = tuple(batch["input_ids"].shape)
             tokens += batch["input_ids"].numel()
             if shape not in costs:
-                costs[shape] = _cost_of(run, batch, device)
+                share = {name: tensor[: len(tensor) // processes] for name, tensor in batch.items()}
+                costs[shape] = _cost_of(run, share, device)
             cost = costs[shape]
-            linear += cost.linear
+            linear += cost.linear * processes
             for layer, pairs in enumerate(run.attention.pair_counts(_lengths(batch), shape[1])):
                 executed += cost.per_pair[layer] * pairs.executed
                 allowed += cost.per_pair_fused[layer] * pairs.allowed

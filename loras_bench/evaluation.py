@@ -38,19 +38,15 @@ def evaluate(
     was_training = objective.training
     objective.eval()
     order = data.eval_order(split)[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(3, dtype=torch.float64, device=_sum_device(accelerator.device))
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for start in range(0, len(order), batch_size):
         batch = data.collate(split, order[start : start + batch_size])
         loss_sum, correct = objective(**to_device(batch, accelerator.device))
-        sums += _row(loss_sum, (batch["targets"] != IGNORED).sum(), correct).to(sums.device)
+        sums += _row(loss_sum, (batch["targets"] != IGNORED).sum(), correct)
     objective.train(was_training)
     total = accelerator.reduce(sums, reduction="sum") if accelerator.num_processes > 1 else sums
     loss_sum, targets, correct = (float(value) for value in total)
     return _metrics(data, split, loss_sum, targets, correct)
-
-
-def _sum_device(device: torch.device) -> torch.device:
-    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _row(loss_sum: Tensor, targets: Tensor, correct: Tensor | None) -> Tensor:

@@ -7,7 +7,10 @@ says so.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +19,11 @@ from loras_bench.attention.patterns import Dense
 from loras_bench.build import Build, build
 from loras_bench.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from loras_bench.counting import count_training
+from loras_bench.distributed import agreed
+from loras_bench.errors import UserError
 from loras_bench.evaluation import evaluate
+from loras_bench.interrupts import undisturbed
+from loras_bench.metering.carbon import CarbonEstimator
 from loras_bench.metering.clock import SystemClock
 from loras_bench.metering.journal import Snapshot
 from loras_bench.metering.meter import Meter
@@ -33,6 +40,8 @@ from loras_bench.warmup import steady_steps, warm_up
 JOURNAL = "journal.jsonl"
 REPORT_INTERVAL_S = 0.25
 COOLING_S = 30.0
+HOST_THREADS = 4
+"""CPU threads of a GPU run: it launches kernels, and a pool on all cores slows the runs on the other GPUs by half."""
 
 
 class Run:
@@ -48,28 +57,38 @@ class Run:
         """Run to the end, or to what stops it; the record is written in either case."""
         folder, device = self.request.folder, self.request.device.kind
         folder.mkdir(parents=True, exist_ok=True)
-        if self.request.fresh:
+        journal = folder / JOURNAL if self.request.main_process else None
+        if self.request.fresh and journal:
             remove_checkpoint(folder)
-            (folder / JOURNAL).unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+        agreed(None)  # no rank looks for a checkpoint that rank 0 is removing
         checkpoint = load_checkpoint(folder)
         resumed = Snapshot.model_validate(checkpoint[0]["energy"]) if checkpoint else None
+        if device == "cuda":
+            torch.set_num_threads(HOST_THREADS)
         clock = SystemClock()
         sources = open_sources(self.request.gpus, clock)
         synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-        with Meter(sources, synchronize=synchronize, clock=clock, journal=folder / JOURNAL, resumed=resumed) as meter:
+        with Meter(sources, synchronize=synchronize, clock=clock, journal=journal, resumed=resumed) as meter:
             self.meter = meter
             try:
-                self._run(checkpoint)
+                with self._estimator() as estimator:
+                    self._run(checkpoint)
+                if estimator is not None:
+                    self.done.estimates = asdict(estimator.estimate)
                 self.done.complete()
             except (KeyboardInterrupt, Exception) as error:
                 self.done.fail(error)
-        record = self.done.record(self.meter)
-        if self.request.main_process:
-            self.meter.write_trace(folder / "power.npz")
-            write_record(record, folder)
-            if record.status == "completed":
-                remove_checkpoint(folder)
-                (folder / JOURNAL).unlink(missing_ok=True)
+                if not isinstance(error, KeyboardInterrupt | UserError):
+                    traceback.print_exc()  # into the run's log
+        with undisturbed():
+            record = self.done.record(self.meter)
+            if journal:
+                self.meter.write_trace(folder / "power.npz")
+                write_record(record, folder)
+                if record.status == "completed":
+                    remove_checkpoint(folder)
+                    journal.unlink(missing_ok=True)
         return record
 
     def _run(self, checkpoint: tuple[dict[str, Any], dict[str, torch.Tensor]] | None) -> None:
@@ -77,7 +96,7 @@ class Run:
             request = self.request
             run = build(self.experiment, request.seed, request.device.kind, request.pretrained, self._say)
             self._say("counting FLOPs")
-            self.done.built(run, *count_training(run, run.accelerator.device))
+            self.done.built(run, *count_training(run, run.accelerator.device, request.processes))
         self._idle_and_cool()
         with self.meter.phase("warmup"):
             self.done.warmup_steps = warm_up(run, self._say)
@@ -93,6 +112,13 @@ class Run:
             self._say("measuring idle power")
             self.done.idle_after = self.meter.measure_idle(self.experiment.energy.idle_seconds)
 
+    def _estimator(self) -> AbstractContextManager[CarbonEstimator | None]:
+        """CodeCarbon around the run, where the experiment names a country; it watches the whole machine, so once."""
+        country = self.experiment.energy.codecarbon_country
+        if country is None or not self.request.main_process:
+            return nullcontext()
+        return CarbonEstimator(country)
+
     def _idle_and_cool(self) -> None:
         """Idle power at the start of a block; between runs, wait for the GPU to cool to where the block began."""
         if self.request.idle_before and self.experiment.energy.idle_seconds:
@@ -105,7 +131,8 @@ class Run:
                 break
             self._say(f"cooling, {temperature_c:.0f} C")
             time.sleep(1.0)
-        self.done.start_temperature_c = self.meter.temperature_c()
+        # The other ranks wait here: until now their GPUs had to be idle.
+        self.done.start_temperature_c = agreed(self.meter.temperature_c())
 
     def _train(self, run: Build, start: int, losses: LossLog) -> None:
         """The `train` phase, interrupted by evaluations and checkpoints, which are phases of their own."""
@@ -117,16 +144,17 @@ class Run:
 
         def on_step(step: int) -> bool:
             self._report_step(run, step, start, begun, losses)
-            return time.monotonic() - saved_at > checkpoint_s
+            return agreed(time.monotonic() - saved_at > checkpoint_s)
 
         while step < run.plan.steps:
             stop = min(run.plan.steps, (step // interval + 1) * interval) if interval else run.plan.steps
             with self.meter.phase("train"):
+                agreed(None)  # the other ranks start with rank 0's reading of the counters
                 step = run.loop.run(step, stop, losses, on_step)
             losses.check(settled=True)
             if interval and step % interval == 0:
                 self._read_validation(run, step)
-            if step < run.plan.steps and time.monotonic() - saved_at > checkpoint_s:
+            if step < run.plan.steps and agreed(time.monotonic() - saved_at > checkpoint_s):
                 self._checkpoint(run, step, losses)
                 saved_at = time.monotonic()
         self.done.trained(run, losses)
@@ -188,7 +216,8 @@ class Run:
     def _steady(self, run: Build) -> None:
         """At least 10 s of real steps for joules per token, if the `train` phase was too short for them."""
         wanted_s = self.experiment.energy.steady_seconds
-        if wanted_s and self.meter.measures_energy and self.meter.phases()["train"].seconds < MIN_HEADLINE_S:
+        too_short = self.meter.measures_energy and self.meter.phases()["train"].seconds < MIN_HEADLINE_S
+        if wanted_s and agreed(too_short):
             with self.meter.phase("steady"):
                 self.done.steady_tokens = steady_steps(run, wanted_s, self._say)
 

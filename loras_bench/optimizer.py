@@ -1,8 +1,7 @@
 """AdamW on float32 master weights, the same for every arm.
 
 The model computes in its own number format; the optimizer holds each trainable parameter, its gradient and its
-moments in
-float32. A bfloat16 parameter would lose updates smaller than 1/256 of its value.
+moments in float32. A bfloat16 parameter would lose updates smaller than 1/256 of its value.
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ class MasterAdamW:
 
     Args:
         model: Its parameters with `requires_grad` are trained; call before the model is cast, so that masters are
-        exact.
+            exact.
         groups: Extra optimizer groups of methods; each holds `params` and settings of its own.
-        learning_rate: Peak learning rate; `step` scales it.
+        learning_rate: Peak learning rate, of groups without an `lr` of their own; `step` scales it.
         weight_decay: Decoupled decay of matrices; vectors (norms, biases) do not decay.
         betas: Of the moments.
+        dtype: What the model will be cast to; masters are copies unless it is float32.
     """
 
     def __init__(
@@ -50,12 +50,11 @@ class MasterAdamW:
         extra.append({"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay})
         extra.append({"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0})
         self.parameters: list[Tensor] = [p for group in extra for p in group["params"]]
-        masters = {id(p): p.detach().clone() if dtype is not torch.float32 else p for p in self.parameters}
-        self.masters = [masters[id(p)] for p in self.parameters]
         self.copies = dtype is not torch.float32
+        masters = {id(p): p.detach().to(torch.float32, copy=True) if self.copies else p for p in self.parameters}
+        self.masters = [masters[id(p)] for p in self.parameters]
         for group in extra:
             group["params"] = [masters[id(p)] for p in group["params"]]
-        self.learning_rate = learning_rate
         self.adam = torch.optim.AdamW(
             [group for group in extra if group["params"]],
             lr=learning_rate,
@@ -63,6 +62,7 @@ class MasterAdamW:
             weight_decay=weight_decay,
             fused=True,
         )
+        self.peaks: list[float] = [group["lr"] for group in self.adam.param_groups]
 
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters' and drop them: accumulation happens in float32."""
@@ -86,12 +86,14 @@ class MasterAdamW:
             parameter.grad = None
 
     def step(self, scale: float, max_grad_norm: float) -> Tensor:
-        """Clip, update the masters at `scale` times the peak learning rate, write them to the model; returns the
-        norm.
+        """Clip, update the masters at `scale` times the peak learning rate, write them to the model.
+
+        Returns:
+            The norm of all gradients before clipping, a device scalar.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
-        for group in self.adam.param_groups:
-            group["lr"] = self.learning_rate * scale
+        for group, peak in zip(self.adam.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * scale
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         if self.copies:

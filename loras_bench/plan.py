@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from loras_bench.config import EnergyConfig, EvaluationConfig, Experiment, canonical_hash
 from loras_bench.errors import ConfigError
-from loras_bench.requests import Device
-from loras_bench.results.record import Record
-from loras_bench.results.store import RECORD_FILE, is_finished, read_record, run_folder
+from loras_bench.requests import Device, RunRequest
+from loras_bench.results.store import (
+    RECORD_FILE,
+    RunLockedError,
+    is_finished,
+    lock_run,
+    read_record,
+    run_folder,
+)
 
 KERNEL_VERSION = "1"
 """Raised when a change of our kernels or of the measuring makes older results incomparable."""
+CHECKPOINT_FILE = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -59,19 +67,31 @@ def plan_run(experiment: Experiment, seed: int, results: Path, device: Device) -
     """Look up where one run stands."""
     identity = run_id(experiment, seed)
     folder = run_folder(results, identity)
-    record = _existing(folder)
-    finished = record is not None and is_finished(record, device.name, KERNEL_VERSION)
+    finished = is_done(folder, device)
     return PlannedRun(
-        experiment, seed, identity, folder, finished, not finished and (folder / "checkpoint.json").exists()
+        experiment, seed, identity, folder, finished, not finished and (folder / CHECKPOINT_FILE).exists()
     )
 
 
-def _existing(folder: Path) -> Record | None:
-    """The record of a run, if it can be read; a damaged one counts as none, and the run is made again."""
+def is_done(folder: Path, device: Device) -> bool:
+    """Whether a run need not be made again; a record that cannot be read counts as none."""
     try:
-        return read_record(folder / RECORD_FILE)
+        return is_finished(read_record(folder / RECORD_FILE), device.name, KERNEL_VERSION)
     except (OSError, ValueError):
-        return None
+        return False
+
+
+@contextmanager
+def claim_run(request: RunRequest) -> Iterator[None]:
+    """Hold a run's folder against other processes while it is worked on.
+
+    Raises:
+        RunLockedError: Another process holds it, or has finished the run since it was planned.
+    """
+    with lock_run(request.folder):
+        if not request.fresh and is_done(request.folder, request.device):
+            raise RunLockedError("another process has finished it meanwhile")
+        yield
 
 
 def plan_blocks(
@@ -90,6 +110,7 @@ def plan_blocks(
         twice = next((identity for identity in identities if identities.count(identity) > 1), None)
         if twice:
             raise ConfigError(f"the same experiment is given twice: {twice}", "name each file once")
+        runs.sort(key=lambda run: run.run_id)  # the order of the files on the command line does not matter
         random.Random(f"{seed} {sorted(identities)}").shuffle(runs)
         blocks.append(runs)
     return blocks

@@ -40,7 +40,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        self.console.print(Text(message))
+        self.console.print(Text(message), soft_wrap=True)
 
     def update(self, event: dict[str, Any]) -> None:
         """Show the newest state of the run: its phase, and in training its numbers."""

@@ -9,9 +9,18 @@ from typing import Any
 import torch
 
 from loras_bench.build import Build
+from loras_bench.errors import UserError
 from loras_bench.metering.environment import collect_environment
 from loras_bench.metering.meter import Meter
-from loras_bench.metering.phases import MIN_HEADLINE_S, IdleReading, PhaseEnergy, aliased_sampling, idle_drift
+from loras_bench.metering.phases import (
+    HEADLINE_PHASES,
+    MIN_HEADLINE_S,
+    IdleReading,
+    PhaseEnergy,
+    aliased_sampling,
+    idle_drift,
+    sum_if_known,
+)
 from loras_bench.plan import KERNEL_VERSION
 from loras_bench.requests import RunRequest
 from loras_bench.results.record import CurvePoint, Flag, Flops, Phase, Quality, Record, Status
@@ -42,7 +51,7 @@ class Measurements:
         self.steady_tokens: int | None = None
         self.trained_tokens = 0
         self.origin: dict[str, Any] = {}
-        self.chain_energy_j: float | None = None
+        self.chain_before_j: float | None = None
         self.facts: dict[str, Any] = {
             "task": "language_modeling" if experiment.training.tokens_per_step else "classification",
             "model": experiment.model.name or experiment.model.run or "from scratch",
@@ -54,7 +63,7 @@ class Measurements:
         total, trainable = run.parameter_counts()
         indices = [row for step in range(run.plan.steps) for row in run.plan.indices(step)]
         self.trained_tokens = run.data.real_tokens("train", indices)
-        self.chain_energy_j = run.chain_energy_j
+        self.chain_before_j = run.chain_energy_j
         self.facts |= {
             "task": run.data.task,
             "model": run.loaded.label,
@@ -82,7 +91,7 @@ class Measurements:
         ]
         if run.accelerator.device.type == "cuda":
             self.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        else:
+        elif self.request.processes == 1:  # a rank has the peak of all its runs
             self.facts["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def flag(self, name: str, reason: str) -> None:
@@ -104,12 +113,11 @@ class Measurements:
         """The record of the run, whole or not."""
         request, phases = self.request, meter.phases()
         run_energy_j = meter.run().energy_j
-        chain_before_j = self.chain_energy_j
         for phase in phases.values():
             for name, reason in phase.flags.items():
-                if request.device.kind == "cpu" and name in MISSING_FLAGS:
-                    continue  # what the run does not use is not missing; `missing` says why there are no joules
-                self.flag(name, reason if name == "counter_missing" else f"{phase.name}: {reason}")
+                # Flags of other phases stay with them; what a CPU run does not use is not missing.
+                if phase.name in HEADLINE_PHASES and not (request.device.kind == "cpu" and name in MISSING_FLAGS):
+                    self.flag(name, reason if name == "counter_missing" else f"{phase.name}: {reason}")
         if self.idle_before and self.idle_after and (drift := idle_drift(self.idle_before, self.idle_after)):
             self.flag("idle_drift", drift)
         self._judge_train(phases)
@@ -129,7 +137,7 @@ class Measurements:
             kernel_version=KERNEL_VERSION,
             environment=collect_environment() | {"warmup_steps": self.warmup_steps} | self.origin,
             run_energy_j=run_energy_j,
-            chain_energy_j=None if run_energy_j is None or chain_before_j is None else run_energy_j + chain_before_j,
+            chain_energy_j=sum_if_known((run_energy_j, self.chain_before_j)),
             lost_energy_j=meter.lost_energy_j,
             idle_before_w=self.idle_before.power_w if self.idle_before else None,
             idle_after_w=self.idle_after.power_w if self.idle_after else None,
@@ -199,7 +207,9 @@ class Measurements:
 def describe_failure(error: BaseException) -> str:
     """One line for a record: what happened, and what a user can do where that is known."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted by the user"
+        return str(error) or "interrupted by the user"
+    if isinstance(error, UserError):
+        return f"{error.message} ({error.hint})" if error.hint else error.message
     if isinstance(error, torch.OutOfMemoryError):
         return "out of GPU memory; lower training.micro_batch_size or set training.gradient_checkpointing"
     if isinstance(error, NonFiniteLossError):
@@ -212,7 +222,11 @@ def _phase(phase: PhaseEnergy) -> Phase:
     details = phase.model_dump(
         mode="json", include={"parts", "gpus", "temperature_c", "sm_clock_mhz", "memory_clock_mhz"}
     )
-    details |= {"mean_power_w": phase.mean_power_w, "integral_to_counter": phase.integral_to_counter}
+    details |= {
+        "flags": phase.flags,
+        "mean_power_w": phase.mean_power_w,
+        "integral_to_counter": phase.integral_to_counter,
+    }
     return Phase(
         name=phase.name,
         seconds=phase.seconds,

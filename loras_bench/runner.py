@@ -11,18 +11,24 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loras_bench.errors import UserError
-from loras_bench.plan import PlannedRun, occasion_of, pretraining_of
+from loras_bench.interrupts import undisturbed
+from loras_bench.plan import PlannedRun, is_done, occasion_of, pretraining_of
 from loras_bench.progress import Progress
 from loras_bench.requests import Device, RunRequest
 from loras_bench.results.record import Block, Record
 from loras_bench.results.store import load_records
+
+if TYPE_CHECKING:
+    from loras_bench.ranks import Ranks
 
 WARMER_C = 5.0
 """A run starts at most this much warmer than the first of its block did, or after 30 s of cooling."""
@@ -82,7 +88,8 @@ class Workers:
             ending = _follow(receiver, progress)
         except KeyboardInterrupt:
             # A terminal interrupts the worker too; an interrupt sent to this process alone is passed on.
-            os.kill(process.pid or 0, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
             _follow(receiver, progress)
             process.join()
             raise
@@ -94,6 +101,8 @@ class Workers:
         return Outcome(request.run_id, ending["status"], ending["reason"], ending.get("temperature_c"))
 
     def _start(self, function: str, *arguments: Any) -> tuple[Connection, Any]:
+        with undisturbed():  # the server inherits this: Ctrl-C while it imports would be a traceback of its own
+            forkserver.ensure_running()
         receiver, sender = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_worker, args=(function, *arguments, sender))
         process.start()
@@ -120,20 +129,20 @@ class BlockRunner:
         self,
         results: Path,
         device: Device,
-        workers: Workers,
+        workers: Workers | Ranks,
         progress: Progress,
         *,
         force: bool,
-        stop_after_s: float | None,
+        stop_at: float | None,
     ) -> None:
         self.results, self.device, self.workers, self.progress = results, device, workers, progress
-        self.force = force
-        self.stop_at = None if stop_after_s is None else time.monotonic() + stop_after_s
+        self.force, self.stop_at = force, stop_at
         self.durations = durations_of(results)
         self.outcomes: list[Outcome] = []
+        self.pretrainings: dict[str, Outcome] = {}
 
     def run(self, blocks: Sequence[Sequence[PlannedRun]]) -> list[Outcome]:
-        """All blocks; ends early when the next run would not fit in what is left of `stop_after_s`."""
+        """All blocks; ends early when the next run would not end before `stop_at` (monotonic seconds)."""
         for block in blocks:
             if not self._run_block(block):
                 break
@@ -143,12 +152,15 @@ class BlockRunner:
         todo = [run for run in block if self.force or not run.finished]
         occasion, cool_to_c = occasion_of(block), None
         for position, run in enumerate(todo):
-            pretrained = self._pretrained(run)
-            if isinstance(pretrained, Outcome):
-                self.outcomes.append(
-                    Outcome(run.run_id, "failed", f"its pretraining {pretrained.status}: {pretrained.reason}")
-                )
-                continue
+            first = pretraining_of(run.experiment, self.results, self.device)
+            if first is not None and not first.finished:
+                if not self._fits(first):
+                    return False
+                outcome = self._pretrain(first)
+                if not is_done(first.folder, self.device):
+                    status = "skipped" if outcome.status == "skipped" else "failed"
+                    self._conclude(Outcome(run.run_id, status, f"its pretraining {outcome.status}: {outcome.reason}"))
+                    continue
             if not self._fits(run):
                 return False
             request = RunRequest(
@@ -158,7 +170,7 @@ class BlockRunner:
                 folder=run.folder,
                 device=self.device,
                 block=Block(id=occasion, position=position, size=len(todo)),
-                pretrained=pretrained,
+                pretrained=first.folder if first else None,
                 idle_before=position == 0,
                 idle_after=position == len(todo) - 1,
                 cool_to_c=cool_to_c,
@@ -172,24 +184,32 @@ class BlockRunner:
     def _run(self, request: RunRequest) -> Outcome:
         begun = time.monotonic()
         self.progress.start(request.run_id)
-        outcome = self.workers.run(request, self.progress)
+        try:
+            outcome = self.workers.run(request, self.progress)
+        except KeyboardInterrupt:
+            self.progress.say(f"{request.run_id}  interrupted; the next call takes it up")
+            raise
         seconds = time.monotonic() - begun
         name = request.experiment.name
         if outcome.status == "completed":
             self.durations[name] = max(seconds, self.durations.get(name, 0.0))
-        ending = outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}"
-        self.progress.say(f"{request.run_id}  {ending}  ({seconds:.0f} s)")
-        self.outcomes.append(outcome)
+        self._conclude(outcome, seconds)
+        log = request.folder / "log.txt"
+        if outcome.status == "failed" and log.exists():
+            self.progress.say(f"  see {log}")
         return outcome
 
-    def _pretrained(self, run: PlannedRun) -> Path | Outcome | None:
-        """The folder of finished pretraining, made now if need be; or how it failed."""
-        first = pretraining_of(run.experiment, self.results, self.device)
-        if first is None or first.finished:
-            return first.folder if first else None
-        request = RunRequest(first.experiment, first.seed, first.run_id, first.folder, self.device)
-        outcome = self._run(request)
-        return first.folder if outcome.status == "completed" else outcome
+    def _conclude(self, outcome: Outcome, seconds: float | None = None) -> None:
+        parts = [outcome.run_id, outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}"]
+        self.progress.say("  ".join(parts if seconds is None else [*parts, f"({seconds:.0f} s)"]))
+        self.outcomes.append(outcome)
+
+    def _pretrain(self, first: PlannedRun) -> Outcome:
+        """Make the weights that arms start from; what failed once in this command is not tried again for each arm."""
+        if first.run_id not in self.pretrainings:
+            request = RunRequest(first.experiment, first.seed, first.run_id, first.folder, self.device)
+            self.pretrainings[first.run_id] = self._run(request)
+        return self.pretrainings[first.run_id]
 
     def _fits(self, run: PlannedRun) -> bool:
         """Whether a run ends before the stop, judged by the longest run of its arm so far, or of any arm."""

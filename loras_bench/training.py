@@ -1,14 +1,14 @@
 """The step loop, the same for every arm: order of the data, one optimizer step, the loss log, budgets.
 
 The order of the rows depends on the seed alone, the learning rate on the step alone, so that arms of one seed see the
-same
-batches and a resumed run goes on where it stopped with nothing but the number of the step.
+same batches and a resumed run goes on where it stopped with nothing but the number of the step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,11 @@ def plan_steps(config: TrainingConfig, data: TaskData, sequence_length: int, see
     rows = data.rows("train")
     if rows == 0:
         raise ConfigError("the training set is empty")
+    if rows_per_step > rows:
+        key = "tokens_per_step" if data.task == "language_modeling" else "batch_size"
+        raise ConfigError(
+            f"training.{key}: a step takes {rows_per_step} rows, the training set has {rows}", "take a smaller step"
+        )
     if config.epochs is not None:
         steps = math.ceil(config.epochs * rows / rows_per_step)
     else:
@@ -166,10 +171,9 @@ class Loop:
         targets = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
         total: Tensor = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
-            if number < len(batches) - 1:
-                with self.accelerator.no_sync(self.objective):
-                    total += self._micro_step(batch, targets, len(batches))
-            else:
+            # Gradients that are collected now must have been averaged over the processes; others wait for the last.
+            waits = number < len(batches) - 1 and not self.optimizer.copies
+            with self.accelerator.no_sync(self.objective) if waits else nullcontext():
                 total += self._micro_step(batch, targets, len(batches))
             self.optimizer.collect_gradients()
         scale = cosine_with_warmup(step, self.plan.steps, self.config.warmup_fraction)
@@ -204,6 +208,8 @@ class Loop:
         for step in range(start, stop):
             log.write(step, self.step(step))
             if step % 10 == 9:
+                if self.accelerator.num_processes > 1 and self.device.type == "cuda":
+                    torch.cuda.synchronize()  # all processes must have seen the same losses, to stop at the same step
                 log.check()
             if on_step(step):
                 return step + 1

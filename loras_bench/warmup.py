@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from loras_bench.build import Build
+from loras_bench.distributed import agreed
 from loras_bench.training import plan_batches
 
 SETTLED_STEPS = 10
@@ -33,7 +34,7 @@ def warm_up(build: Build, say: Callable[[str], None]) -> int:
     least = len(steps) + (SETTLED_STEPS if cuda else CPU_STEPS)
     times: list[float] = []
     started, taken, compiled = time.monotonic(), 0, -1
-    while taken < MAX_STEPS and (taken < least or time.monotonic() - started < MAX_SECONDS):
+    while True:
         begun = time.monotonic()
         build.loop.step(steps[taken] if taken < len(steps) else taken % build.plan.steps)
         _synchronize(build)
@@ -43,7 +44,8 @@ def warm_up(build: Build, say: Callable[[str], None]) -> int:
         fresh, compiled = compiled != _compilations(), _compilations()
         recent = times[-SETTLED_STEPS:]
         settled = not cuda or statistics.pstdev(recent) < SETTLED_VARIATION * statistics.fmean(recent)
-        if taken >= least and not fresh and settled:
+        late = taken >= MAX_STEPS or time.monotonic() - started > MAX_SECONDS
+        if taken >= least and agreed(late or (not fresh and settled)):
             break
     build.state.restore(snapshot)
     return taken
@@ -53,7 +55,7 @@ def steady_steps(build: Build, seconds: float, say: Callable[[str], None]) -> in
     """Repeat the run's own steps for some seconds and discard their updates; returns the number of tokens."""
     snapshot = build.state.snapshot()
     started, step, tokens = time.monotonic(), 0, 0
-    while time.monotonic() - started < seconds:
+    while agreed(time.monotonic() - started < seconds):
         build.loop.step(step % build.plan.steps)
         tokens += build.data.real_tokens("train", build.plan.indices(step % build.plan.steps))
         step += 1

@@ -8,25 +8,27 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401 (the server imports once what every run needs)
 import torch
+import transformers
+import transformers.modeling_utils
 
 from loras_bench.build import assemble
 from loras_bench.config import Experiment
 from loras_bench.counting import count_training
 from loras_bench.errors import UserError
 from loras_bench.experiment import Run
+from loras_bench.interrupts import raise_once
 from loras_bench.metering.environment import cpu_name
+from loras_bench.plan import claim_run
 from loras_bench.requests import Device, RunRequest
-from loras_bench.results.store import RunLockedError, lock_run
-
-
-class AbandonedError(RuntimeError):
-    """The command that started the worker is gone."""
+from loras_bench.results.store import RunLockedError
 
 
 def look_at_device(wanted: str) -> Device:
@@ -58,50 +60,51 @@ QUESTIONS: dict[str, Callable[..., Any]] = {"look_at_device": look_at_device, "f
 
 def answer(question: str, arguments: tuple[Any, ...], sender: Connection) -> None:
     """Answer one question of the parent, or send the error."""
-    _be_quiet()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # an interrupt ends the parent too, which says so
+    be_quiet()
+    reply: tuple[Any, ...]
     try:
-        sender.send(("ok", QUESTIONS[question](*arguments)))
+        reply = ("ok", QUESTIONS[question](*arguments))
     except UserError as error:
-        sender.send(("user error", error.message, error.hint))
+        reply = ("user error", error.message, error.hint)
     except Exception as error:
-        sender.send(("error", f"{type(error).__name__}: {error}", traceback.format_exc()))
+        reply = ("error", f"{type(error).__name__}: {error}", traceback.format_exc())
+    with suppress(OSError):  # the parent may be gone
+        sender.send(reply)
 
 
 def work(request: RunRequest, sender: Connection) -> None:
     """Execute one run and report to the parent; the run's log takes what libraries print."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise_once()
 
     def report(event: dict[str, Any]) -> None:
-        try:
+        with suppress(OSError):  # if the parent is gone, an interrupt follows
             sender.send(event)
-        except OSError:
-            raise AbandonedError("the command that started this run is gone") from None
 
-    request.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with lock_run(request.folder), open(request.folder / "log.txt", "a", encoding="utf-8") as log:
+        with claim_run(request), open(request.folder / "log.txt", "a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            _be_quiet()
+            be_quiet()
             run = Run(request, report)
             record = run.execute()
             ending = {"status": record.status, "reason": record.reason, "temperature_c": run.done.start_temperature_c}
     except RunLockedError as error:
         ending = {"status": "skipped", "reason": error.message}
+    except KeyboardInterrupt as error:
+        ending = {"status": "interrupted", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
         ending = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
     report(ending)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Libraries advise on stderr; a run's own log is enough for that."""
-    import datasets
-    import transformers
-
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by `datasets` when a run imports it
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)

@@ -1,8 +1,7 @@
 """The output layer and its cross-entropy in one place, the same for every arm.
 
 `liger` never holds all logits: at 32,768 tokens and a vocabulary of 49,152 they would be 3.2 GB in bfloat16. It
-computes no
-weight gradient for a frozen output layer.
+computes no weight gradient for a frozen output layer.
 """
 
 from __future__ import annotations

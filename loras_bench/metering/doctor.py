@@ -62,7 +62,7 @@ def _metering_checks() -> list[Check]:
     checks: list[Check] = []
     boards = gpus()
     if not boards:
-        checks.append(Check("nvml", "missing", "no NVIDIA driver or GPU", "joules of the GPU will be None"))
+        checks.append(Check("nvml", "warn", "no NVIDIA driver or GPU", "joules of the GPU will be None"))
     for index, board in enumerate(boards):
         driver = f"{board['name']}, driver {board['driver']}, {board['power_limit_w']} W limit"
         checks += [Check(f"gpu {index}", "ok", driver), *_gpu_checks(index, board["uuid"])]
@@ -77,13 +77,13 @@ def _gpu_checks(index: int, uuid: str) -> list[Check]:
         source = NvmlSource(uuid, clock)
         period_s = counter_period_s(source, clock)
     except SourceError as error:
-        return [Check(f"gpu {index} counter", "missing", str(error), "joules will be integrated from power")]
+        return [Check(f"gpu {index} counter", "warn", str(error), "joules will be integrated from power")]
     if period_s is None:
         reason = source.flags.get("counter_missing", "it did not change within 1 s")
-        counter = Check(f"gpu {index} counter", "missing", reason, "joules will be integrated from power")
+        counter = Check(f"gpu {index} counter", "warn", reason, "joules will be integrated from power")
     else:
         counter = Check(f"gpu {index} counter", "ok", f"ticks every {period_s * 1e3:.0f} ms")
-    power_status: dict[str | None, Status] = {"instant": "ok", "average": "warn", None: "missing"}
+    power_status: dict[str | None, Status] = {"instant": "ok", "average": "warn", None: "warn"}
     hint = None if source.power_kind == "instant" else "no cross-check of short windows by integrated power"
     checks = [counter, Check(f"gpu {index} power", power_status[source.power_kind], source.power_kind or "none", hint)]
     for flag in ("mig", "vgpu"):
@@ -110,7 +110,7 @@ def _rapl_check() -> Check:
     try:
         RaplSource(SystemClock())
     except SourceError as error:
-        return Check("rapl", "missing", str(error), "joules of the CPU will be None (or CodeCarbon's estimate)")
+        return Check("rapl", "warn", str(error), "joules of the CPU will be None (or CodeCarbon's estimate)")
     return Check("rapl", "ok", "readable")
 
 

@@ -1,8 +1,7 @@
 """FLOPs counted from the operations that a step executes: 2 per multiply-add, backward and recomputation included.
 
 torch's own counter counts FlexAttention as nothing (2.11) or as dense (2.13) and does not halve causal attention, so
-the
-attention core is left to `loras_bench.attention`, which counts pairs (see docs/kernels.md). Everything else goes
+the attention core is left to `loras_bench.attention`, which counts pairs (see docs/kernels.md). Everything else goes
 through torch's formulas; an operation that looks like a matrix product and has no formula is named, never guessed.
 """
 

@@ -41,7 +41,7 @@ class LoraConfig(MethodConfig):
     train_norms: bool = False
     """Train the norms too (LongLoRA found that it helps where the context changes)."""
     train_embeddings: bool = False
-    """Train the embeddings too."""
+    """Train the input embeddings too; an output layer that is tied to them keeps the base's weights."""
 
 
 class Lora(Method[LoraConfig]):
@@ -50,7 +50,7 @@ class Lora(Method[LoraConfig]):
     stage: ClassVar[Stage] = Stage.ADAPT
 
     def check(self, others: Sequence[Method[Any]], model_config: PretrainedConfig) -> None:
-        """Refuse two LoRA methods in one experiment and a tied output layer that would train with the embeddings."""
+        """Refuse two LoRA methods in one experiment."""
         if any(isinstance(other, Lora) for other in others):
             raise ConfigError(
                 "`lora` is listed twice in methods", "one adapter a run; raise its rank or its targets instead"

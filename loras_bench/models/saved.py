@@ -1,6 +1,4 @@
-"""What a run leaves of its weights, and how another run goes on from it: a whole model or PEFT adapters, in
-safetensors.
-"""
+"""What a run leaves of its weights (a whole model or PEFT adapters, safetensors), and how another goes on from it."""
 
 from __future__ import annotations
 
@@ -48,34 +46,43 @@ class PreviousRun:
         """The trained model, adapters merged, with a head for the new task where the task changes.
 
         Raises:
-            ConfigError: The run kept no weights, or adapters of another task.
+            ConfigError: The run kept adapters that do not fit the task or the number of its classes.
         """
         if (self.folder / MODEL).is_dir():
-            return self._with_label(_load(str(self.folder / MODEL), data, seed, self.tokenizer))
-        if not (self.folder / ADAPTER).is_dir():
-            raise ConfigError(f"{self.folder} holds no weights", "run it again with `save: true`")
+            return self._with_label(_load(ModelConfig(name=str(self.folder / MODEL)), data, seed, self.tokenizer))
         if self.record.task != data.task:
             raise ConfigError(
                 f"{self.folder}: adapters of {self.record.task} do not fit {data.task}", "go on from a full model"
             )
         from peft import PeftModel
 
-        base_name = json.loads((self.folder / ADAPTER / "adapter_config.json").read_text())["base_model_name_or_path"]
-        name = base_name if base_name and Path(base_name).is_dir() else self.record.config["model"]["name"]
-        loaded = _load(name, data, seed, self.tokenizer)
-        merged = PeftModel.from_pretrained(loaded.model, str(self.folder / ADAPTER)).merge_and_unload()  # type: ignore[arg-type]
-        loaded.model = merged
-        for parameter in merged.parameters():
+        loaded = self._base(data)
+        try:
+            adapted = PeftModel.from_pretrained(loaded.model, str(self.folder / ADAPTER))
+        except RuntimeError as error:
+            mismatch = str(error).splitlines()[-1].strip()
+            raise ConfigError(f"{self.folder}: its adapters do not fit {data.name}: {mismatch}") from None
+        loaded.model = adapted.merge_and_unload()  # type: ignore[operator]
+        for parameter in loaded.model.parameters():
             parameter.requires_grad_(True)
         return self._with_label(loaded)
+
+    def _base(self, data: TaskData) -> LoadedModel:
+        """What the adapters were trained on; its random parts follow the seed of that run."""
+        config, seed = ModelConfig.model_validate(self.record.config["model"]), self.record.seed
+        if config.run is not None:
+            return open_run(Path(config.run)).load(data, seed)
+        if self.record.config["pretrain"] is not None:
+            adapter = json.loads((self.folder / ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+            config = ModelConfig(name=adapter["base_model_name_or_path"])
+        return _load(config, data, seed, self.tokenizer)
 
     def _with_label(self, loaded: LoadedModel) -> LoadedModel:
         loaded.label = f"{self.record.model} + {self.record.name}"
         return loaded
 
 
-def _load(name: str, data: TaskData, seed: int, tokenizer: Any) -> LoadedModel:
-    config = ModelConfig(name=name)
+def _load(config: ModelConfig, data: TaskData, seed: int, tokenizer: Any) -> LoadedModel:
     return load_model(config, task=data.task, tokenizer=tokenizer, num_labels=data.num_labels, seed=seed)
 
 
@@ -83,7 +90,7 @@ def open_run(folder: Path) -> PreviousRun:
     """Read a finished run.
 
     Raises:
-        ConfigError: There is none, or it did not finish.
+        ConfigError: There is none, it did not finish, or it kept no weights.
     """
     try:
         record = read_record(folder / RECORD_FILE)
@@ -95,4 +102,6 @@ def open_run(folder: Path) -> PreviousRun:
         raise ConfigError(
             f"model.run: {folder} did not finish ({record.status}: {record.reason})", "run it to its end first"
         )
+    if not ((folder / MODEL).is_dir() or (folder / ADAPTER).is_dir()):
+        raise ConfigError(f"model.run: {folder} holds no weights", "run it again with `save: true`")
     return PreviousRun(folder, record, load_tokenizer(ModelConfig(name=str(folder / TOKENIZER)), None))

@@ -19,7 +19,6 @@ TextSource = Callable[[], Iterable[str]]
 """Called for the texts only where a tokenizer is trained: reading them costs time."""
 PADDING = "<pad>"
 ENCODER_FAMILIES = ("bert", "roberta")
-_SMALLEST_VOCABULARY = 256 + 2  # bytes, end of text, padding
 
 
 def load_tokenizer(config: ModelConfig, training_texts: TextSource | None = None) -> PreTrainedTokenizerBase:
@@ -32,7 +31,7 @@ def load_tokenizer(config: ModelConfig, training_texts: TextSource | None = None
         training_texts: Gives the texts for `init: scratch`.
 
     Raises:
-        ConfigError: The vocabulary is too small; a name is unknown.
+        ConfigError: A name is unknown.
         UserError: The model is not found, or has no readable tokenizer.
     """
     if config.init == "scratch":
@@ -70,20 +69,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, mark_ends: bool) -
 
     Args:
         texts: What it is trained on.
-        vocabulary: Number of tokens at most; a small text may not have pairs for all of them.
+        vocabulary: Number of tokens at most, 258 or more (bytes, end of text, padding); a small text may not have pairs for all of them.
         mark_ends: Put `<|endoftext|>` before and after each text, as BERT-like models expect [CLS] and [SEP].
-
-    Raises:
-        ConfigError: `vocabulary` has no room for the 256 bytes and the two special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocabulary < _SMALLEST_VOCABULARY:
-        raise ConfigError(
-            f"model.tokenizer.vocabulary is {vocabulary}",
-            f"it needs at least {_SMALLEST_VOCABULARY}: bytes and special tokens",
-        )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from loras_bench.metering.carbon import emissions_g
 from loras_bench.results.formatting import format_interval, format_number
 from loras_bench.results.panels import Arm
 from loras_bench.results.quantities import Quantity
@@ -14,7 +15,6 @@ SOURCES = {
     "instant_integral": "integrated NVML instant power",
     "average_integral": "integrated NVML 1 s average power",
 }
-J_PER_KWH = 3.6e6
 
 
 def energy_statement(device: str, arms: Sequence[Arm]) -> str:
@@ -51,7 +51,26 @@ def _idle(runs: Iterable[Record]) -> str:
 
 def _versions(runs: Sequence[Record]) -> str:
     kernels = ", ".join(sorted({run.kernel_version for run in runs}))
-    return f"Measured with loras-bench (kernels {kernels})."
+    packages = runs[0].environment.get("packages", {}) if runs else {}
+    versions = "".join(f", {name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
+    return f"Measured with loras-bench {packages.get('loras-bench', '')} (kernels {kernels}{versions})."
+
+
+def estimate_notes(arms: Iterable[Arm]) -> list[str]:
+    """CodeCarbon's models of what is not measured, labelled as such; whole runs, means over seeds."""
+    notes = []
+    for arm in arms:
+        found = [run.estimates for run in arm.runs if run.estimates.get("cpu_energy_j") is not None]
+        if found:
+            cpu_j = sum(estimate["cpu_energy_j"] for estimate in found) / len(found)
+            ram_j = sum(estimate["ram_energy_j"] or 0.0 for estimate in found) / len(found)
+            grams = sum(estimate["emissions_g"] for estimate in found) / len(found)
+            notes.append(
+                f"Estimated for whole runs of {arm.label} ({found[0]['method']}, {found[0]['country_iso_code']}): "
+                f"CPU {format_number(cpu_j, 3)} J ({found[0]['cpu_method']}), RAM {format_number(ram_j, 3)} J (model), "
+                f"{format_number(grams, 3)} g CO2e with the GPU."
+            )
+    return notes
 
 
 def carbon_notes(arms: Iterable[Arm]) -> list[str]:
@@ -61,7 +80,7 @@ def carbon_notes(arms: Iterable[Arm]) -> list[str]:
         carbon = (arm.all_runs[0].config.get("energy") or {}).get("carbon")
         interval = arm.interval(Quantity("train_energy_j"))
         if carbon and interval:
-            value = interval.mean / J_PER_KWH * carbon["pue"] * carbon["intensity_g_per_kwh"]
+            value = emissions_g(interval.mean, carbon["pue"], carbon["intensity_g_per_kwh"])
             factors = f"{carbon['intensity_g_per_kwh']:g} g/kWh ({carbon['source']}), PUE {carbon['pue']:g}"
             grams.setdefault(factors, []).append(f"{arm.label} {format_number(value, 3)} g")
     return [f"Carbon of the train energy (estimated at {factors}): {', '.join(g)}." for factors, g in grams.items()]

@@ -9,7 +9,7 @@ from typing import Literal
 from loras_bench.results.panels import FLAGS_THAT_EXCLUDE, Arm, Panel, PanelKey, build_panels, config_differences
 from loras_bench.results.quantities import Quantity
 from loras_bench.results.record import Record
-from loras_bench.results.report import carbon_notes, energy_statement
+from loras_bench.results.report import carbon_notes, energy_statement, estimate_notes
 from loras_bench.results.statistics import Interval
 
 Kind = Literal["value", "ratio", "difference"]
@@ -191,4 +191,4 @@ def _notes(panel: Panel) -> tuple[str, ...]:
     kernels = sorted({record.kernel_version for record in panel.records})
     if len(kernels) > 1:
         notes.append(f"The runs were made with different kernel versions: {', '.join(kernels)}.")
-    return (*notes, *carbon_notes(panel.arms))
+    return (*notes, *carbon_notes(panel.arms), *estimate_notes(panel.arms))

@@ -73,7 +73,7 @@ def test_classifiers_from_scratch(family, tokenizer):
 def test_dropout_is_kept_and_reported(tokenizer):
     loaded = load(scratch("gpt2", resid_pdrop=0.25), tokenizer)
     assert loaded.dropout["resid_pdrop"] == 0.25
-    assert loaded.dropout["attn_pdrop"] == 0.1
+    assert loaded.dropout["attn_pdrop"] == 0.0  # transformers' default of 0.1 is removed: no sparse kernel has it
 
 
 def test_the_callers_random_numbers_are_untouched(tokenizer):
@@ -161,3 +161,8 @@ def test_minilm_for_classification():
     assert loaded.origin["fresh_parameters"] == ["classifier.bias", "classifier.weight"]
     backbone = sum(p.numel() for name, p in loaded.model.named_parameters() if not name.startswith("classifier"))
     assert backbone == 22_713_216
+
+
+def test_dropout_of_attention_weights_cannot_be_asked_for(tokenizer):
+    with pytest.raises(ConfigError, match="attn_pdrop: no sparse kernel drops attention weights"):
+        load(scratch("gpt2", attn_pdrop=0.1), tokenizer)

@@ -1,0 +1,149 @@
+"""Every pair of methods in every cell of the matrix of docs/methods.md: it works, or is refused with the reason."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_fixtures import GPT2, HALF_WINDOW, LORA, MOODS, NOTES, WINDOW, digests, experiment, set_places
+
+from loras_bench.build import Build, build
+from loras_bench.errors import ConfigError
+from loras_bench.evaluation import evaluate
+from loras_bench.methods import METHODS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"
+LLAMA = GPT2 | {
+    "architecture": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, "intermediate_size": 80}
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"data": NOTES},
+    "llama": {"data": NOTES, "model": LLAMA},
+    "bert": {"data": MOODS},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        set_places(patch, tmp_path_factory.mktemp("places"))
+        yield
+
+
+def config_of(kind: str, family: str) -> dict[str, Any]:
+    sparse = HALF_WINDOW if family == "bert" else WINDOW
+    return {"lora": LORA, "sparse_attention": sparse}[kind]
+
+
+def built(family: str, *methods: dict[str, Any], **sections: Any) -> Build:
+    made = experiment(**MODELS[family], methods=list(methods), **sections)
+    return build(made, 0, "cpu", None, lambda phase: None)
+
+
+def matrix() -> dict[tuple[str, str], str]:
+    """The table under "Pairs of methods": {(row, column): cell}."""
+    section = DOCUMENT.read_text(encoding="utf-8").split("## Pairs of methods")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\|.*\|$", section, re.M)
+    ]
+    header, _, *body = rows
+    return {(row[0], column): cell for row in body for column, cell in zip(header[1:], row[1:], strict=True)}
+
+
+def test_the_matrix_names_every_method() -> None:
+    assert set(matrix()) == {(row, column) for row in METHODS for column in METHODS}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("pair", [(row, column) for row in METHODS for column in METHODS], ids="+".join)
+def test_each_cell_of_the_matrix(pair: tuple[str, str], family: str) -> None:
+    """Works: a real step with a finite loss that changes what the methods train, and nothing else. Refused: with the
+    reason that the cell gives.
+    """
+    cell = matrix()[pair]
+    methods = [config_of(kind, family) for kind in pair]
+    if cell.startswith("refused: "):
+        with pytest.raises(ConfigError) as raised:
+            built(family, *methods)
+        assert cell.removeprefix("refused: ").strip("`") in f"{raised.value.message}; {raised.value.hint}".replace(
+            "`", ""
+        )
+        return
+    assert cell.startswith("works")
+    check_a_step(built(family, *methods), set(pair))
+
+
+def check_a_step(run: Build, kinds: set[str]) -> None:
+    parameters = dict(run.model.named_parameters())
+    expected = {
+        name for name in parameters if "lora" not in kinds or ".lora_" in name or ".classifier.modules_to_save" in name
+    }
+    assert {name for name, parameter in parameters.items() if parameter.requires_grad} == expected
+    before, buffers = digests(parameters), digests(dict(run.model.named_buffers()))
+    losses = [run.loop.step(step) for step in range(2)]  # A of an adapter moves once B is no longer zero
+    assert torch.isfinite(torch.stack(losses)).all()
+    after = digests(parameters)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= expected
+    # keys have no bias that matters: a softmax does not see a shift, so its gradient is zero but for rounding
+    assert {name for name in expected - changed if "key.bias" not in name} == set()
+    assert digests(dict(run.model.named_buffers())) == buffers
+    sparse = "sparse_attention" in kinds
+    assert {pattern.kind for pattern in run.attention.patterns} == {"window" if sparse else "dense"}
+    for name, value in evaluate(run.objective, run.data, "test", 4, run.accelerator).items():
+        assert value == value, name
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("kind", [None, *METHODS])
+def test_each_method_alone(kind: str | None, family: str) -> None:
+    methods = [] if kind is None else [config_of(kind, family)]
+    check_a_step(built(family, *methods), {kind} if kind else set())
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("options", [{}, {"variant": "dora"}, {"targets": "attention", "dropout": 0.1}], ids=str)
+def test_the_order_of_listing_does_not_matter(family: str, options: dict[str, Any]) -> None:
+    lora, sparse = LORA | options, config_of("sparse_attention", family)
+    runs = [built(family, *methods) for methods in ((lora, sparse), (sparse, lora))]
+    losses = []
+    for run in runs:
+        torch.manual_seed(7)
+        losses.append([float(run.loop.step(step)) for step in range(3)])
+    assert losses[0] == losses[1]
+    assert digests(dict(runs[0].model.named_parameters())) == digests(dict(runs[1].model.named_parameters()))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_lora_s_is_lora_with_a_window_and_nothing_more(family: str) -> None:
+    """A window that covers the whole length: the same losses and weights as LoRA on dense attention."""
+    wide = {"half_width": 64} if family == "bert" else {"window": 64}
+    covering = {"kind": "sparse_attention", "pattern": {"kind": "window"} | wide}
+    narrow = config_of("sparse_attention", family)
+    lora, lora_s, other = (built(family, *methods) for methods in ([LORA], [LORA, covering], [LORA, narrow]))
+    for step in range(4):
+        expected, different = lora.loop.step(step), other.loop.step(step)
+        torch.testing.assert_close(lora_s.loop.step(step), expected, rtol=1e-4, atol=1e-5)
+    assert expected != different, "a narrow one changes the result"
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("extra", [{"gradient_checkpointing": True}, {"micro_batch_size": 2}], ids=str)
+def test_compositions_bear_the_switches_of_training(family: str, extra: dict[str, Any]) -> None:
+    methods = [LORA, config_of("sparse_attention", family)]
+    plain, switched = built(family, *methods), built(family, *methods, training=extra)
+    for step in range(3):
+        torch.testing.assert_close(switched.loop.step(step), plain.loop.step(step), rtol=1e-4, atol=1e-5)
+
+
+def test_the_composition_trains_in_bfloat16_too() -> None:
+    made = experiment(data=NOTES, model=LLAMA | {"dtype": "bfloat16"}, methods=[LORA, WINDOW])
+    run = build(made, 0, "cpu", None, lambda phase: None)
+    exact = built("llama", LORA, WINDOW)
+    for step in range(4):
+        assert float(run.loop.step(step)) == pytest.approx(float(exact.loop.step(step)), rel=0.02)

