@@ -1,4 +1,4 @@
-"""The committed results are those of the committed configs: `make reference` on the same GPU model would skip them all."""
+"""The committed results are those of the committed configs: `make reference` on an H200 would skip them all."""
 
 from pathlib import Path
 

@@ -13,8 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from loras_bench import __version__
+
 PACKAGES = (
-    *("loras-bench", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
+    *("torch", "triton", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
     *("liger-kernel", "gguf", "torchao", "bitsandbytes", "numpy", "scipy", "pydantic", "codecarbon", "nvidia-ml-py"),
     *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
 )
@@ -36,7 +38,7 @@ def collect_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command_line": sys.argv,
-        "packages": package_versions(),
+        "packages": {"loras-bench": __version__} | package_versions(),
         "torch": _torch(),
         "gpus": gpus(),
         "cpu": _cpu(),

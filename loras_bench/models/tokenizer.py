@@ -69,7 +69,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, mark_ends: bool) -
 
     Args:
         texts: What it is trained on.
-        vocabulary: Number of tokens at most, 258 or more (bytes, end of text, padding); a small text may not have pairs for all of them.
+        vocabulary: Number of tokens at most, 258 or more (bytes, end of text, padding); a small text
+            may not have pairs for all of them.
         mark_ends: Put `<|endoftext|>` before and after each text, as BERT-like models expect [CLS] and [SEP].
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -126,7 +126,9 @@ class Quantity:
 
     def _raw(self, record: Record) -> Any:
         if self.split is not None:
-            reading = (q for q in record.quality if q.split == self.split and q.attention == self.attention)
+            # An arm whose every layer is dense was evaluated densely as trained.
+            attention = "same" if record.attends_densely else self.attention
+            reading = (q for q in record.quality if q.split == self.split and q.attention == attention)
             return next((q.metrics[self.name] for q in reading if self.name in q.metrics), None)
         value: Any = record
         for part in self.name.split("."):

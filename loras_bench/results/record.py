@@ -165,6 +165,12 @@ class Record(_Part):
     """For each field that is None though a reader might expect it: why."""
 
     @property
+    def attends_densely(self) -> bool:
+        """Whether every layer's pattern is known and dense."""
+        layers = self.attention.get("layers", [])
+        return bool(layers) and all(layer["pattern"]["kind"] == "dense" for layer in layers)
+
+    @property
     def resumed(self) -> bool:
         """Whether the run was taken up after a kill; such runs stay out of intervals."""
         return any(flag.name == "resumed" for flag in self.flags)

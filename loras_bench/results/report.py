@@ -53,7 +53,8 @@ def _versions(runs: Sequence[Record]) -> str:
     kernels = ", ".join(sorted({run.kernel_version for run in runs}))
     packages = runs[0].environment.get("packages", {}) if runs else {}
     versions = "".join(f", {name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
-    return f"Measured with loras-bench {packages.get('loras-bench', '')} (kernels {kernels}{versions})."
+    version = packages.get("loras-bench", "")
+    return f"Measured with {f'loras-bench {version}'.strip()} (kernels {kernels}{versions})."
 
 
 def estimate_notes(arms: Iterable[Arm]) -> list[str]:

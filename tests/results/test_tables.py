@@ -12,6 +12,7 @@ import pytest
 
 from loras_bench.errors import UserError
 from loras_bench.results.formatting import format_difference, format_interval, format_number, format_ratio, scaled_unit
+from loras_bench.results.quantities import Quantity
 from loras_bench.results.record import Flops
 from loras_bench.results.render import TERMINAL_WIDTH, escape_latex, render
 from loras_bench.results.statistics import Interval
@@ -243,3 +244,13 @@ def test_importing_the_package_imports_nothing_heavy():
         "print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'numpy', 'scipy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_dense_arm_was_evaluated_densely_as_trained(make_record):
+    record = make_record()
+    record.attention = {"layers": [{"pattern": {"kind": "dense"}}] * 2}
+    sparse = make_record("lora_s")
+    sparse.attention = {"layers": [{"pattern": {"kind": "window"}}, {"pattern": {"kind": "dense"}}]}
+    assert (record.attends_densely, sparse.attends_densely) == (True, False)
+    dense = Quantity("perplexity", "test", "dense")
+    assert dense.read(record) == Quantity("perplexity", "test").read(record) is not None
