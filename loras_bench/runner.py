@@ -55,7 +55,10 @@ class Workers:
     """The fork server and the processes it forks."""
 
     def __init__(self) -> None:
-        os.environ["TQDM_DISABLE"] = "1"  # libraries' bars would tear our progress; workers inherit it
+        # Workers inherit these. Libraries' bars would tear our progress; OpenMP threads that spin while they wait make a
+        # CPU run five times slower as soon as another program shares its cores.
+        os.environ["TQDM_DISABLE"] = "1"
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["loras_bench.worker"])
 

@@ -23,7 +23,7 @@ PACKAGES = (
 """Distributions whose versions bear on a result."""
 
 VARIABLES = (
-    *("CUDA_", "CUBLAS_", "NCCL_", "NVIDIA_TF32", "TORCH", "PYTORCH_", "TRITON_", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("CUDA_", "CUBLAS_", "NCCL_", "NVIDIA_TF32", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_NUM_THREADS"),
     *("TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "LORAS_BENCH_", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
 )
 """Beginnings of names of environment variables that bear on a result; none of these holds a secret."""
