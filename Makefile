@@ -35,12 +35,13 @@ typecheck: $(STAMP)
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-reference: $(STAMP)  ## the committed results, on the machine's GPU
-	$(BIN)/loras-bench run configs/full.yaml configs/full_s.yaml configs/lora.yaml configs/lora_s.yaml configs/lora_s_7.yaml --seeds $(SEEDS)
-	$(BIN)/loras-bench run configs/imdb/full.yaml configs/imdb/lora.yaml configs/imdb/lora_s.yaml --seeds $(SEEDS)
+reference: $(STAMP)  ## the experiments of the committed results, on this machine's GPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu]" -c constraints.txt
+	$(BIN)/loras-bench run configs/full.yaml configs/full_s.yaml configs/lora.yaml configs/lora_s.yaml configs/lora_s_7.yaml --seeds $(SEEDS) --results reference-results
+	$(BIN)/loras-bench run configs/imdb/full.yaml configs/imdb/lora.yaml configs/imdb/lora_s.yaml --seeds $(SEEDS) --results reference-results
 
 schema: $(STAMP)  ## for editors: the first line of each config points to it
 	$(BIN)/loras-bench schema > docs/experiment.schema.json
 
 clean:
-	rm -rf $(VENV) quickstart-results
+	rm -rf $(VENV) quickstart-results reference-results

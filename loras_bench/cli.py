@@ -80,7 +80,9 @@ def run(
     stop_after: Annotated[
         float | None,
         typer.Option(
-            min=0, metavar="SECONDS", help="Start no run that would not fit in what is left; the next call goes on."
+            min=0,
+            metavar="SECONDS",
+            help="Start no run that would not fit in what is left, by the runs so far; the next call goes on.",
         ),
     ] = None,
 ) -> None:

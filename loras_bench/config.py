@@ -99,7 +99,7 @@ class TrainingConfig(Section):
     """Rows of one forward pass; the rest of a step is accumulated. Default: the whole step."""
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly; a cosine to zero follows."""
     max_grad_norm: float = Field(default=1.0, gt=0)

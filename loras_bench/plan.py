@@ -41,31 +41,31 @@ class PlannedRun:
 
 
 def resolve(experiment: Experiment, device: Device) -> Experiment:
-    """Replace every `auto` by what will run on this device; the hash of a run is taken after it."""
+    """Replace `loss: auto` by what will run on this device; the hash of a run is taken after it."""
     loss = experiment.training.loss
     if loss == "auto":
         loss = "liger" if device.kind == "cuda" and device.liger else "torch"
     if loss == "liger" and not (device.kind == "cuda" and device.liger):
-        reason = "it runs on CUDA only" if device.kind != "cuda" else "liger-kernel is not installed"
-        raise ConfigError(
-            f"{experiment.name}: training.loss `liger`: {reason}", 'pip install "loras-bench[gpu]", or `loss: auto`'
-        )
-    return experiment.model_copy(
-        update={
-            "training": experiment.training.model_copy(update={"loss": loss}),
-            "methods": tuple(method.resolved(cuda=device.kind == "cuda") for method in experiment.methods),
-        }
-    )
+        message = f"{experiment.name}: training.loss `liger`:"
+        if device.kind != "cuda":
+            raise ConfigError(f"{message} it runs on CUDA only", "use `loss: auto`")
+        raise ConfigError(f"{message} liger-kernel is not installed", "pip install liger-kernel, or `loss: auto`")
+    return experiment.model_copy(update={"training": experiment.training.model_copy(update={"loss": loss})})
 
 
-def run_id(experiment: Experiment, seed: int) -> str:
-    """`<name>/seed<k>-<hash>`: the hash covers everything that can change a number."""
-    return f"{experiment.name}/seed{seed}-{canonical_hash(experiment.model_dump(mode='json', exclude={'name'}))}"
+def run_id(experiment: Experiment, seed: int, device: Device) -> str:
+    """`<name>/seed<k>-<hash>`: the hash covers the resolved experiment and the device model.
+
+    What is left at `auto` (attention kernels) follows from the device, so its name stands for what they resolve to, and
+    runs on two devices never share a folder.
+    """
+    content = {"experiment": experiment.model_dump(mode="json", exclude={"name"}), "device": device.name}
+    return f"{experiment.name}/seed{seed}-{canonical_hash(content)}"
 
 
 def plan_run(experiment: Experiment, seed: int, results: Path, device: Device) -> PlannedRun:
     """Look up where one run stands."""
-    identity = run_id(experiment, seed)
+    identity = run_id(experiment, seed, device)
     folder = run_folder(results, identity)
     finished = is_done(folder, device)
     return PlannedRun(
@@ -129,7 +129,7 @@ def pretraining_of(experiment: Experiment, results: Path, device: Device) -> Pla
         data=experiment.pretrain.data,
         model=experiment.model,
         training=experiment.pretrain.training,
-        evaluation=EvaluationConfig(splits=("validation",)),
+        evaluation=EvaluationConfig(splits=()),
         energy=EnergyConfig(steady_seconds=0, idle_seconds=0),
     )
     return plan_run(resolve(first, device), 0, results / ".pretrained", device)

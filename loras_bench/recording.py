@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,6 +52,7 @@ class Measurements:
         self.steady_tokens: int | None = None
         self.trained_tokens = 0
         self.origin: dict[str, Any] = {}
+        self.describe_attention: Callable[[], dict[str, Any]] = dict
         self.chain_before_j: float | None = None
         self.facts: dict[str, Any] = {
             "task": "language_modeling" if experiment.training.tokens_per_step else "classification",
@@ -81,7 +83,7 @@ class Measurements:
 
     def trained(self, run: Build, losses: LossLog) -> None:
         """What is known after the last step."""
-        self.facts["attention"] = run.attention.describe()
+        self.describe_attention = run.attention.describe
         stride = max(1, run.plan.steps // CURVE_POINTS)
         steps = sorted({*range(0, run.plan.steps, stride), run.plan.steps - 1})
         per_step = self.trained_tokens / run.plan.steps
@@ -147,6 +149,7 @@ class Measurements:
             phases=[_phase(phase) for phase in phases.values()],
             estimates=self.estimates,
             flags=self.flags,
+            attention=self.describe_attention(),  # at the end: the evaluation may use other kernels
             **self.facts,
             **self._training_figures(phases),
         )

@@ -55,8 +55,8 @@ class Workers:
     """The fork server and the processes it forks."""
 
     def __init__(self) -> None:
-        # Workers inherit these. Libraries' bars would tear our progress; OpenMP threads that spin while they wait make a
-        # CPU run five times slower as soon as another program shares its cores.
+        # Workers inherit these. Libraries' bars would tear our progress; OpenMP threads that spin while they wait
+        # make a CPU run five times slower as soon as another program shares its cores.
         os.environ["TQDM_DISABLE"] = "1"
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.context = multiprocessing.get_context("forkserver")
@@ -215,7 +215,10 @@ class BlockRunner:
         return self.pretrainings[first.run_id]
 
     def _fits(self, run: PlannedRun) -> bool:
-        """Whether a run ends before the stop, judged by the longest run of its arm so far, or of any arm."""
+        """Whether a run ends before the stop, judged by the longest run of its arm so far, or of any arm.
+
+        The first run of an empty results folder has nothing to be judged by, and is started.
+        """
         if self.stop_at is None:
             return True
         left_s = self.stop_at - time.monotonic()
@@ -223,7 +226,8 @@ class BlockRunner:
         if left_s >= expected_s:
             return True
         self.progress.say(
-            f"stopping: {left_s:.0f} s are left, {run.run_id} needs about {expected_s:.0f} s; call again to go on"
+            f"stopping: {max(0.0, left_s):.0f} s are left, {run.run_id} needs about {expected_s:.0f} s; "
+            "call again to go on"
         )
         return False
 

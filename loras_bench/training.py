@@ -97,9 +97,15 @@ def plan_steps(config: TrainingConfig, data: TaskData, sequence_length: int, see
         steps = math.ceil(config.epochs * rows / rows_per_step)
     else:
         assert config.tokens is not None
-        tokens_per_row = data.real_tokens("train", range(rows)) / rows
+        # Blocks are full but for the last of each pass, which must not add a step to a budget of whole steps.
+        tokens_per_row = sequence_length if data.task == "language_modeling" else _mean_tokens(data)
         steps = math.ceil(round(config.tokens / (tokens_per_row * rows_per_step), 6))
     return StepPlan(rows, rows_per_step, micro_rows, max(1, steps), seed)
+
+
+def _mean_tokens(data: TaskData) -> float:
+    rows = data.rows("train")
+    return data.real_tokens("train", range(rows)) / rows
 
 
 def plan_batches(data: TaskData, plan: StepPlan, step: int) -> list[dict[str, Tensor]]:

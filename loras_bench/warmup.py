@@ -74,7 +74,7 @@ def _shapes(build: Build) -> dict[tuple[int, ...], int]:
     found: dict[tuple[int, ...], int] = {}
     for step in range(build.plan.steps):
         for batch in plan_batches(build.data, build.plan, step):
-            found.setdefault(tuple(batch["input_ids"].shape), step)
+            found.setdefault((*batch["input_ids"].shape, "attention_mask" in batch), step)
     return found
 
 

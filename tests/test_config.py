@@ -117,3 +117,11 @@ def test_the_hash_ignores_the_order_of_keys(content):
 def test_the_hash_is_sha256_of_canonical_json():
     # printf '{"a":1,"b":[true,null]}' | sha256sum
     assert canonical_hash({"b": [True, None], "a": 1}) == "1cc69c7fa2"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_of_methods_are_finite(value):
+    from loras_bench.methods.lora import LoraConfig
+
+    with pytest.raises(ValidationError):
+        LoraConfig(kind="lora", alpha=value)

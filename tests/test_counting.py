@@ -36,8 +36,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "classes": {"data": MOODS},
     "classes_lora_s": {"data": MOODS, "methods": [LORA, HALF_WINDOW], "training": {"micro_batch_size": 4}},
 }
-BLOCKS = 4 * 4
-"""Of 32 tokens: a budget of 384 tokens takes a fourth step of 4 blocks, because the last block of the text is short."""
+BLOCKS = 3 * 4
+"""Of 32 tokens: a budget of 384 tokens, in steps of 4 blocks."""
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -66,7 +66,7 @@ def test_auto_is_replaced_by_what_runs_on_the_device(experiment):
     resolved = [resolve(experiment(), device) for device in (CPU, GPU, BARE_GPU)]
     assert [arm.training.loss for arm in resolved] == ["torch", "liger", "torch"]
     assert resolve(resolved[0], CPU) == resolved[0]
-    assert len({run_id(arm, 0) for arm in resolved}) == 2  # the id is taken after it
+    assert len({run_id(arm, 0, GPU) for arm in resolved}) == 2  # the id is taken after it
 
 
 @pytest.mark.parametrize(("device", "reason"), [(CPU, "CUDA only"), (BARE_GPU, "not installed")])
@@ -76,12 +76,12 @@ def test_liger_where_it_cannot_run_is_refused(experiment, device, reason):
 
 
 def test_the_id_changes_with_all_that_can_change_a_number_but_the_name(experiment):
-    base = run_id(experiment(), 0)
+    base = run_id(experiment(), 0, CPU)
     assert base.startswith("tiny/seed0-")
-    assert run_id(experiment(), 0) == base
-    assert run_id(experiment("other"), 0).partition("-")[2] == base.partition("-")[2]
+    assert run_id(experiment(), 0, CPU) == base
+    assert run_id(experiment("other"), 0, CPU).partition("-")[2] == base.partition("-")[2]
     changed = [
-        run_id(experiment("tiny", override), 0)
+        run_id(experiment("tiny", override), 0, CPU)
         for override in (
             "training.learning_rate=2e-3",
             "training.tokens=4096",
@@ -93,10 +93,13 @@ def test_the_id_changes_with_all_that_can_change_a_number_but_the_name(experimen
         )
     ]
     assert len({base, *changed}) == 8
+    assert run_id(experiment(), 0, GPU) != base, "runs on two devices never share a folder"
 
 
 def test_explicit_defaults_give_the_same_id(experiment):
-    assert run_id(experiment(), 0) == run_id(experiment("tiny", "training.weight_decay=0.01", "methods=[]"), 0)
+    assert run_id(experiment(), 0, CPU) == run_id(
+        experiment("tiny", "training.weight_decay=0.01", "methods=[]"), 0, CPU
+    )
 
 
 # --- where a run stands
@@ -205,7 +208,7 @@ def test_pretraining_is_shared_by_arms_and_seeds_and_hidden_from_comparisons(exp
     assert first.folder.parent.parent == tmp_path / ".pretrained"
     assert first.seed == 0
     assert first.experiment.methods == ()
-    assert first.experiment.evaluation.splits == ("validation",)
+    assert first.experiment.evaluation.splits == (), "not every data set has a validation split"
     other = experiment("full", pretrain=PRETRAIN | {"training": training | {"tokens": 2048}})
     assert pretraining_of(other, tmp_path, CPU).run_id != first.run_id
     assert pretraining_of(experiment(), tmp_path, CPU) is None

@@ -18,8 +18,11 @@ from loras_bench.config import Experiment
 from loras_bench.distributed import agreed
 from loras_bench.errors import UserError
 from loras_bench.experiment import Run
+from loras_bench.metering.environment import cpu_name
 from loras_bench.plan import resolve, run_id
+from loras_bench.requests import Device
 
+TWO = Device("cpu", f"2 x {cpu_name()}", liger=False)
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"training": {"micro_batch_size": 2}, "evaluation": {"every_tokens": 256}},
     "lora_s": {"model": GPT2 | {"dtype": "bfloat16"}, "methods": [LORA, WINDOW], "training": {"micro_batch_size": 2}},
@@ -61,7 +64,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
 
 
 def record(folder: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "results" / run_id(arm(name), 0) / "result.json").read_text())
+    content: dict[str, Any] = json.loads((folder / "results" / run_id(arm(name), 0, TWO) / "result.json").read_text())
     return content
 
 
@@ -88,7 +91,7 @@ def test_only_rank_0_prints_and_the_device_says_how_many(job: Any) -> None:
     folder, finished = job
     assert finished.stderr.count("completed") == 3, finished.stderr
     assert record(folder, "full")["device"].startswith("2 x "), "never in one panel with a single device"
-    run = folder / "results" / run_id(arm("full"), 0)
+    run = folder / "results" / run_id(arm("full"), 0, TWO)
     assert {path.name for path in run.iterdir()} == {".lock", "model", "tokenizer", "power.npz", "result.json"}
 
 

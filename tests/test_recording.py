@@ -290,7 +290,9 @@ def test_counts_curves_and_config_are_in_the_record(script, run):
     total, trainable = run.parameter_counts()
     assert (record.total_parameters, record.trainable_parameters) == (total, trainable)
     assert (record.steps, record.trained_tokens, record.padded_tokens) == (TINY_STEPS, TOKENS, TOKENS)
-    assert [(point.step, point.loss) for point in record.loss_curve] == [(k, 10.0 - k) for k in range(1, 10)]
+    assert [(point.step, point.loss) for point in record.loss_curve] == [
+        (k, TINY_STEPS + 1.0 - k) for k in range(1, TINY_STEPS + 1)
+    ]
     assert record.loss_curve[-1].tokens == TOKENS
     assert record.flops.total == 1.3e12
     assert Experiment.model_validate(record.config) == EXPERIMENT

@@ -13,6 +13,7 @@ import torch
 from tiny_experiment import TINY_STEPS, only_record, records_of
 
 from loras_bench.config_file import load_experiment
+from loras_bench.metering.environment import cpu_name
 from loras_bench.plan import plan_blocks
 from loras_bench.progress import Progress
 from loras_bench.requests import Device
@@ -299,7 +300,8 @@ def test_a_worker_that_dies_is_a_failed_run_and_the_others_go_on(fork_server, wr
 @real
 def test_a_run_that_another_process_holds_is_skipped(bench, write_config, tmp_path):
     config, results = write_config(), tmp_path / "results"
-    (run,) = plan_blocks([load_experiment(config)], [0], results, CPU)[0]
+    device = Device("cpu", cpu_name(), liger=False)
+    (run,) = plan_blocks([load_experiment(config)], [0], results, device)[0]
     with lock_run(run.folder):
         called = bench(config)
     assert called.status == 0

@@ -213,11 +213,6 @@ def idle_drift(before: IdleReading, after: IdleReading) -> str | None:
     return f"idle power went from {before.power_w:.1f} W to {after.power_w:.1f} W"
 
 
-def net_energy_j(energy_j: float | None, seconds: float, idle_power_w: float | None) -> float | None:
-    """Joules above idling: gross - idle power x time; None if either is unknown."""
-    return None if energy_j is None or idle_power_w is None else energy_j - idle_power_w * seconds
-
-
 def sampled_share(step_s: float, window_s: float, period_s: float = 0.1, slice_s: float = 0.025) -> float:
     """Share of a step's course that a part-time power sensor ever looks at in a window of equal steps.
 

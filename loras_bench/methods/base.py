@@ -11,7 +11,7 @@ from abc import ABC
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,13 +35,9 @@ class Stage(IntEnum):
 class MethodConfig(BaseModel):
     """The part of a YAML file that describes one method; `kind` selects the class."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: str
-
-    def resolved(self, *, cuda: bool) -> Self:
-        """The config with every `auto` replaced by what will run on this device; the run's hash is taken after it."""
-        return self
 
 
 @dataclass

@@ -101,6 +101,7 @@ def _from_scratch(
     num_labels: int,
     seed: int,
 ) -> LoadedModel:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     given = dict(architecture)
@@ -108,12 +109,16 @@ def _from_scratch(
     if family not in FAMILIES:
         raise ConfigError(f"model.architecture.model_type is {family!r}", f"it must be one of: {', '.join(FAMILIES)}")
     _check_architecture(family, given)
-    hf_config = AutoConfig.for_model(family, **given, vocab_size=len(tokenizer))
-    _check_family(hf_config, task)
-    _fit_to_task(hf_config, task, tokenizer, num_labels)
-    hf_config.bos_token_id, hf_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    with _seeded(seed):
-        model = _auto_class(task).from_config(hf_config, dtype=torch.float32)
+    try:
+        hf_config = AutoConfig.for_model(family, **given, vocab_size=len(tokenizer))
+        _check_family(hf_config, task)
+        _fit_to_task(hf_config, task, tokenizer, num_labels)
+        hf_config.bos_token_id, hf_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        with _seeded(seed):
+            model = _auto_class(task).from_config(hf_config, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.architecture makes no {family} model: {reason}", "check its sizes") from None
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return _loaded(model, f"{family} from scratch ({millions:.1f} M)", {"place": "random weights", "seed": seed})
 

@@ -78,7 +78,8 @@ class PreviousRun:
         return _load(config, data, seed, self.tokenizer)
 
     def _with_label(self, loaded: LoadedModel) -> LoadedModel:
-        loaded.label = f"{self.record.model} + {self.record.name}"
+        # With the hash: models that differ in how they were made must not share a panel.
+        loaded.label = f"{self.record.model} + {self.record.name} {self.record.run_id.rpartition('-')[2]}"
         return loaded
 
 

@@ -57,14 +57,17 @@ def write_pareto(frontiers: Sequence[Frontier], out_dir: Path) -> list[Path]:
         The paths written.
 
     Raises:
-        UserError: There is nothing to draw.
+        UserError: There is nothing to draw, or the folder cannot be made.
     """
     import matplotlib
 
     drawn = [frontier for frontier in frontiers if frontier.arms]
     if not drawn:
         raise UserError("nothing to plot: no arm has both numbers", "`loras-bench table` tells what is missing and why")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out_dir}: {error.strerror}", "give another folder with --out") from None
     paths = [write_frontier_csv(frontiers, out_dir / "pareto.csv")]
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         if len(drawn) == 1:

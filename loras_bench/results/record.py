@@ -152,7 +152,8 @@ class Record(_Part):
     """Trained tokens over the `train` phase."""
     mean_power_w: float | None = None
     peak_memory_bytes: int | None = None
-    """The most that tensors occupied on the device in the `train` phase (CPU: peak resident set of the process)."""
+    """The most that tensors occupied on the device from the first training step to the last, evaluations between
+    them included (CPU: peak resident set of the process)."""
     flops: Flops | None = None
     quality: list[Quality] = Field(default_factory=list)
     loss_curve: list[CurvePoint] = Field(default_factory=list)

@@ -145,7 +145,7 @@ def _cell(column: Column, arm: Arm, baseline: Arm) -> Cell:
         if not side.clean:
             return Cell(None, f"every run of {side.label} is flagged {' or '.join(FLAGS_THAT_EXCLUDE)}")
     where = "seed in one block" if quantity.needs_block else "seed"
-    return Cell(None, f"no {where} in common with {baseline.label}: run them together for a ratio")
+    return Cell(None, f"no {where} in common with {baseline.label}: run them in one command (with --force) for a ratio")
 
 
 def _value_cell(column: Column, arm: Arm) -> Cell:

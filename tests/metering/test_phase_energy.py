@@ -15,7 +15,6 @@ from loras_bench.metering.phases import (
     aliased_sampling,
     idle_drift,
     judge,
-    net_energy_j,
     sampled_share,
 )
 
@@ -90,15 +89,12 @@ def idle(power_w):
     return IdleReading(power_w=power_w, integral_power_w=None, source=None, seconds=10.0, temperature_c=None, flags={})
 
 
-def test_idle_drift_and_net_energy():
+def test_idle_drift():
     assert idle_drift(idle(80.0), idle(87.9)) is None
     assert idle_drift(idle(80.0), idle(72.1)) is None
     assert idle_drift(idle(80.0), idle(89.0)) == "idle power went from 80.0 W to 89.0 W"
     assert idle_drift(idle(80.0), idle(71.0)) is not None
     assert idle_drift(idle(None), idle(80.0)) is None
-    assert net_energy_j(6000.0, 10.0, 80.0) == 5200.0
-    assert net_energy_j(None, 10.0, 80.0) is None
-    assert net_energy_j(6000.0, 10.0, None) is None
 
 
 @pytest.mark.parametrize(

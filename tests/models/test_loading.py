@@ -166,3 +166,9 @@ def test_minilm_for_classification():
 def test_dropout_of_attention_weights_cannot_be_asked_for(tokenizer):
     with pytest.raises(ConfigError, match="attn_pdrop: no sparse kernel drops attention weights"):
         load(scratch("gpt2", attn_pdrop=0.1), tokenizer)
+
+
+@pytest.mark.parametrize("sizes", [{"n_embd": 32, "n_head": 3}, {"n_head": "abc"}])
+def test_impossible_sizes_are_an_error_of_the_users(tokenizer, sizes):
+    with pytest.raises(ConfigError, match="makes no gpt2 model"):
+        load(ModelConfig(init="scratch", architecture={"model_type": "gpt2", "n_layer": 1, **sizes}), tokenizer)

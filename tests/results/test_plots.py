@@ -98,3 +98,9 @@ def test_the_csv_has_the_verdicts_in_full_precision(tmp_path, comparison):
 def test_nothing_to_draw(tmp_path, make_record):
     with pytest.raises(UserError, match="nothing to plot"):
         write_pareto(frontiers([make_record(status="failed", reason="NaN")]), tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_users(comparison, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        write_pareto(frontiers(comparison), tmp_path / "file")
