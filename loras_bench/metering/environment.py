@@ -37,7 +37,7 @@ def collect_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "command_line": sys.argv,
+        "command_line": [Path(sys.argv[0]).name, *sys.argv[1:]],  # no paths of the user: records get published
         "packages": {"loras-bench": __version__} | package_versions(),
         "torch": _torch(),
         "gpus": gpus(),

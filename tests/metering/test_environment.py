@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from loras_bench.metering.doctor import doctor
 from loras_bench.metering.environment import collect_environment, git_state, package_versions, relevant_variables
@@ -16,7 +17,7 @@ def test_the_environment_is_json_and_holds_what_a_reader_asks():
     assert environment["packages"]["pydantic"].startswith("2.")
     assert environment["cpu"]["logical_cores"] >= environment["cpu"]["usable_cores"] >= 1
     assert environment["cpu"]["memory_bytes"] > 1e8
-    assert environment["command_line"] == sys.argv
+    assert environment["command_line"] == [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def test_importing_and_collecting_stay_light():
