@@ -27,7 +27,7 @@ from loras_bench.metering.carbon import CarbonEstimator
 from loras_bench.metering.clock import SystemClock
 from loras_bench.metering.journal import Snapshot
 from loras_bench.metering.meter import Meter
-from loras_bench.metering.phases import MIN_HEADLINE_S
+from loras_bench.metering.phases import MIN_HEADLINE_S, IdleReading
 from loras_bench.metering.sources import open_sources
 from loras_bench.models.saved import save_weights
 from loras_bench.recording import Measurements
@@ -108,9 +108,8 @@ class Run:
         self._steady(run)
         with self.meter.phase("finish"):
             self._finish(run)
-        if self.request.idle_after and self.experiment.energy.idle_seconds:
-            self._say("measuring idle power")
-            self.done.idle_after = self.meter.measure_idle(self.experiment.energy.idle_seconds)
+        if self.request.idle_after:
+            self.done.idle_after = self._idle()
 
     def _estimator(self) -> AbstractContextManager[CarbonEstimator | None]:
         """CodeCarbon around the run, where the experiment names a country; it watches the whole machine, so once."""
@@ -119,11 +118,17 @@ class Run:
             return nullcontext()
         return CarbonEstimator(country)
 
+    def _idle(self) -> IdleReading | None:
+        """Idle power now; None where it was not asked for or there is no meter."""
+        if not self.experiment.energy.idle_seconds or not self.meter.measures_energy:
+            return None
+        self._say("measuring idle power")
+        return self.meter.measure_idle(self.experiment.energy.idle_seconds)
+
     def _idle_and_cool(self) -> None:
         """Idle power at the start of a block; between runs, wait for the GPU to cool to where the block began."""
-        if self.request.idle_before and self.experiment.energy.idle_seconds:
-            self._say("measuring idle power")
-            self.done.idle_before = self.meter.measure_idle(self.experiment.energy.idle_seconds)
+        if self.request.idle_before:
+            self.done.idle_before = self._idle()
         deadline = time.monotonic() + COOLING_S
         while self.request.cool_to_c is not None and time.monotonic() < deadline:
             temperature_c = self.meter.temperature_c()
