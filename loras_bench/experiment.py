@@ -204,19 +204,19 @@ class Run:
         settings = self.experiment.evaluation
         all_dense = all(isinstance(pattern, Dense) for pattern in run.attention.patterns)
         for split in settings.splits:
-            metrics: dict[str, float] = {}
+            read: dict[bool, dict[str, float]] = {}
             for attention in settings.attention:
                 self._say(f"evaluating on {split}, attention {attention}")
-                with self.meter.phase("eval"):
-                    if attention == "same" or all_dense:
-                        metrics = metrics or evaluate(
+                overridden = attention == "dense" and not all_dense
+                with self.meter.phase("eval"), run.attention.override(Dense()) if overridden else nullcontext():
+                    if overridden not in read:
+                        read[overridden] = evaluate(
                             run.objective, run.data, split, settings.batch_size, run.accelerator
                         )
-                    else:
-                        with run.attention.override(Dense()):
-                            metrics = evaluate(run.objective, run.data, split, settings.batch_size, run.accelerator)
-                protocol = run.data.protocol(split)
-                self.done.quality.append(Quality(split=split, attention=attention, metrics=metrics, protocol=protocol))
+                quality = Quality(
+                    split=split, attention=attention, metrics=read[overridden], protocol=run.data.protocol(split)
+                )
+                self.done.quality.append(quality)
 
     def _steady(self, run: Build) -> None:
         """At least 10 s of real steps for joules per token, if the `train` phase was too short for them."""
