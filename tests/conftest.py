@@ -37,6 +37,16 @@ def write_config(tmp_path: Path) -> WriteConfig:
     return write
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Small data sets and a cache of the tests' own, for the modules that ask for them."""
+    from training_fixtures import set_places  # late: it imports torch, which most command-line tests do without
+
+    with pytest.MonkeyPatch.context() as patch:
+        set_places(patch, tmp_path_factory.mktemp("places"))
+        yield
+
+
 @dataclass(frozen=True)
 class Called:
     """What a command left."""

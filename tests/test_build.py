@@ -7,20 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_fixtures import GPT2, LORA, MOODS, NOTES, WINDOW, digests, experiment, set_places
+from training_fixtures import GPT2, LORA, MOODS, NOTES, WINDOW, digests, experiment
 
 from loras_bench.build import Build, assemble, build, build_methods
 from loras_bench.errors import ConfigError
 from loras_bench.training import plan_batches
 
+pytestmark = pytest.mark.usefixtures("places")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        set_places(patch, tmp_path_factory.mktemp("places"))
-        yield
 
 
 def built(seed: int = 0, **sections: Any) -> Build:

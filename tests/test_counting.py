@@ -18,7 +18,6 @@ from training_fixtures import (
     WIDTH,
     WINDOW,
     experiment,
-    set_places,
 )
 
 from loras_bench.build import Assembly, assemble, build
@@ -26,6 +25,8 @@ from loras_bench.counting import count_training
 from loras_bench.metering.flops import MatmulCounter
 from loras_bench.training import plan_batches
 from loras_bench.worker import facts_of
+
+pytestmark = pytest.mark.usefixtures("places")
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -38,13 +39,6 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 BLOCKS = 3 * 4
 """Of 32 tokens: a budget of 384 tokens, in steps of 4 blocks."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        set_places(patch, tmp_path_factory.mktemp("places"))
-        yield
 
 
 def assembled(**sections: Any) -> Assembly:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training_fixtures import CPU, GPT2, LORA, MOODS, WINDOW, experiment, request, set_places
+from training_fixtures import CPU, GPT2, LORA, MOODS, WINDOW, experiment, request
 
 from loras_bench.config import Experiment
 from loras_bench.distributed import agreed
@@ -22,6 +22,8 @@ from loras_bench.metering.environment import cpu_name
 from loras_bench.plan import resolve, run_id
 from loras_bench.requests import Device
 
+pytestmark = pytest.mark.usefixtures("places")
+
 TWO = Device("cpu", f"2 x {cpu_name()}", liger=False)
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"training": {"micro_batch_size": 2}, "evaluation": {"every_tokens": 256}},
@@ -29,13 +31,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "moods": {"data": MOODS, "methods": [LORA], "training": {"gradient_checkpointing": True}},
     "diverges": {"training": {"learning_rate": 1e30, "tokens": 4096}},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        set_places(patch, tmp_path_factory.mktemp("places"))
-        yield
 
 
 def launch(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -9,21 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_fixtures import GPT2, LORA, MOODS, WINDOW, experiment, set_places
+from training_fixtures import GPT2, LORA, MOODS, WINDOW, experiment
 
 from loras_bench import warmup
 from loras_bench.build import Build, build
 from loras_bench.training import LossLog, plan_batches
 from loras_bench.warmup import CPU_STEPS, steady_steps, warm_up
 
+pytestmark = pytest.mark.usefixtures("places")
+
 DROPOUT = GPT2 | {"architecture": GPT2["architecture"] | {"resid_pdrop": 0.1, "embd_pdrop": 0.1}}  # type: ignore[operator]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        set_places(patch, tmp_path_factory.mktemp("places"))
-        yield
 
 
 def built(**sections: Any) -> Build:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from loras_bench.config import ModelConfig
 
-FAMILIES = ("gpt2", "bert", "roberta", "llama")
+FAMILIES = tuple(DROPOUT_FIELD)
 # Parts that a classifier may lack in a checkpoint, because they are trained for the task at hand.
 _HEADS = ("score.", "classifier.", "bert.pooler.", "pooler.")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loras_bench.attention.families import CAUSAL, DROPOUT_FIELD
 from loras_bench.catalog import ModelLocation, locate_model
 from loras_bench.config import ModelConfig, TokenizerConfig
 from loras_bench.data.tokens import END_OF_TEXT
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 TextSource = Callable[[], Iterable[str]]
 """Called for the texts only where a tokenizer is trained: reading them costs time."""
 PADDING = "<pad>"
-ENCODER_FAMILIES = ("bert", "roberta")
+ENCODER_FAMILIES = tuple(family for family in DROPOUT_FIELD if family not in CAUSAL)
 
 
 def load_tokenizer(config: ModelConfig, training_texts: TextSource | None = None) -> PreTrainedTokenizerBase:

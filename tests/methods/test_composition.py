@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from training_fixtures import GPT2, HALF_WINDOW, LORA, MOODS, NOTES, WINDOW, digests, experiment, set_places
+from training_fixtures import GPT2, HALF_WINDOW, LORA, MOODS, NOTES, WINDOW, digests, experiment
 
 from loras_bench.build import Build, build
 from loras_bench.errors import ConfigError
 from loras_bench.evaluation import evaluate
 from loras_bench.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("places")
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"
 LLAMA = GPT2 | {
@@ -25,13 +27,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"data": NOTES, "model": LLAMA},
     "bert": {"data": MOODS},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        set_places(patch, tmp_path_factory.mktemp("places"))
-        yield
 
 
 def config_of(kind: str, family: str) -> dict[str, Any]:
