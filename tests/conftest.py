@@ -19,6 +19,9 @@ from tiny_experiment import TINY
 from loras_bench import cli
 from loras_bench.runner import Workers
 
+if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a GPU its kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 WriteConfig = Callable[..., Path]
 
 

@@ -20,8 +20,8 @@ class Backend(ABC):
     backward_factor: float = 2.5
     """FLOPs of the backward pass over the forward pass: 5 products to 2 where the kernel recomputes the scores."""
 
-    def refusal(self, pattern: PatternBase, device: torch.device) -> str | None:
-        """Why this backend cannot train with the pattern on the device; None where it can."""
+    def refusal(self, pattern: PatternBase, device: torch.device, head_dim: int) -> str | None:
+        """Why this backend cannot train with the pattern, on the device, at the size of head; None where it can."""
         return None
 
     @abstractmethod
@@ -31,5 +31,5 @@ class Backend(ABC):
         """The core: out_bhsd and the natural log-sum-exp lse_bhs, also differentiable; None if the backend has none."""
 
     @abstractmethod
-    def executed_pairs(self, bound: BoundPattern, batch_size: int) -> int:
+    def executed_pairs(self, bound: BoundPattern, batch_size: int, head_dim: int) -> int:
         """Pairs that the kernel computes for one head, summed over the samples: masked ones in visited tiles too."""

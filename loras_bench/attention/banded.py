@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from loras_bench.attention.pattern import PatternBase
+from loras_bench.attention.pattern import IntervalPart, PatternBase
 from loras_bench.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loras_bench.attention.binding import AttentionBatch
-    from loras_bench.attention.pattern import Rule
+    from loras_bench.attention.pattern import Bounds, Rule
 
 
 class Banded(PatternBase):
@@ -65,6 +67,9 @@ class Window(Banded):
             return lambda b, q, k: (q - k <= left) | (k < prefix)
         return lambda b, q, k: ((q - k <= left) & (k - q <= right)) | (k < prefix) | (q < prefix)
 
+    def interval_parts(self, causal: bool) -> tuple[IntervalPart, ...]:
+        return (band_part(self.reach, causal, self.global_tokens),)
+
     def count_pairs(self, length: int, causal: bool) -> int:
         return _count_band_and_globals(length, causal, self.reach, range(min(self.global_tokens, length)))
 
@@ -87,35 +92,22 @@ class Longformer(Banded):
     def reads_samples(self, batch: AttentionBatch) -> bool:
         return batch.global_bs is not None or (bool(self.global_token_ids) and batch.input_ids_bs is not None)
 
+    def sample_globals_bs(self, batch: AttentionBatch) -> Tensor | None:
+        """Compares with one id at a time: a list copied to the GPU could not be captured in a CUDA graph."""
+        found = [] if batch.global_bs is None else [batch.global_bs]
+        if batch.input_ids_bs is not None:
+            found += [batch.input_ids_bs == token_id for token_id in self.global_token_ids]
+        return reduce(or_, found) if found else None
+
     def rule(self, batch: AttentionBatch) -> Rule:
-        left, right = self.reach
-        is_global = self._globals(batch)
-
-        def allows(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return ((q - k <= left) & (k - q <= right)) | is_global[q] | is_global[k]
-
-        def allows_by_sample(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return ((q - k <= left) & (k - q <= right)) | is_global[b, q] | is_global[b, k]
-
-        return allows_by_sample if is_global.dim() == 2 else allows
-
-    def _globals(self, batch: AttentionBatch) -> Tensor:
-        """Global positions: bool (s,), or (b, s) where they differ between samples.
-
-        Compares with one number at a time: a list copied to the GPU could not be captured in a CUDA graph.
-        """
         import torch
 
+        left, right = self.reach
         position = torch.arange(batch.length, device=batch.device)
         is_global = position < self.global_tokens
         for listed in self.global_positions:
             is_global = is_global | (position == listed)
-        if batch.global_bs is not None:
-            is_global = is_global | batch.global_bs
-        if batch.input_ids_bs is not None:
-            for token_id in self.global_token_ids:
-                is_global = is_global | (batch.input_ids_bs == token_id)
-        return is_global
+        return lambda b, q, k: ((q - k <= left) & (k - q <= right)) | is_global[q] | is_global[k]
 
     def count_pairs(self, length: int, causal: bool) -> int:
         positions = {*range(min(self.global_tokens, length)), *(p for p in self.global_positions if p < length)}
@@ -133,6 +125,9 @@ class Dilated(Banded):
         (left, right), step = self.reach, self.dilation
         return lambda b, q, k: (q - k <= left * step) & (k - q <= right * step) & ((q - k) % step == 0)
 
+    def interval_parts(self, causal: bool) -> tuple[IntervalPart, ...]:
+        return (band_part(self.reach, causal, step=self.dilation),)
+
     def count_pairs(self, length: int, causal: bool) -> int:
         import numpy as np
 
@@ -140,6 +135,28 @@ class Dilated(Banded):
         left, right = self.reach
         rows = 1 + np.minimum(left, q // self.dilation) + np.minimum(right, (length - 1 - q) // self.dilation)
         return int(rows.sum())
+
+
+def band_part(reach: tuple[int, int], causal: bool, prefix: int = 0, step: int = 1) -> IntervalPart:
+    """A band around the diagonal with a global prefix (symmetric in bidirectional models)."""
+    (left, right) = reach
+
+    def band(p: Tensor, n: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+        return (p - before).clamp(min=0), (p + after + 1).minimum(n)
+
+    def keys(p: Tensor, n: Tensor) -> Bounds:
+        first, end = band(p, n, left, 0 if causal else right)
+        if not causal:  # a query of the prefix sees everything
+            first, end = first.where(p >= prefix, 0), end.where(p >= prefix, n)
+        return 0, first.clamp(max=prefix) if prefix else 0, first, end
+
+    def queries(p: Tensor, n: Tensor) -> Bounds:
+        if not causal:
+            return keys(p, n)  # the pattern is symmetric
+        first, end = band(p, n, 0, left)
+        return 0, 0, first, end.where(p >= prefix, n)
+
+    return IntervalPart(keys, queries, step)
 
 
 def _count_band_and_globals(length: int, causal: bool, reach: tuple[int, int], positions: range | list[int]) -> int:

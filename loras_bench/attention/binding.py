@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,8 @@ from loras_bench.errors import UserError
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from loras_bench.attention.pattern import Rule
+    from loras_bench.attention.pattern import IntervalPart, Rule
+    from loras_bench.attention.schedule import Part
 
 TILE = 128
 """Edge of a tile: the granularity at which FlexAttention and fused dense kernels skip work."""
@@ -41,7 +43,7 @@ class AttentionBatch:
     padding_bs: Tensor | None = None
     """True at real tokens; None where nothing is padded."""
     document_bs: Tensor | None = None
-    """Document number of each token; None where each row is one document."""
+    """Document number of each token, each document in one piece; None where each row is one document."""
     global_bs: Tensor | None = None
     """True at tokens that patterns with global tokens must treat as global."""
     input_ids_bs: Tensor | None = None
@@ -68,13 +70,35 @@ class AttentionBatch:
 
     @cached_property
     def right_padding_bs(self) -> Tensor | None:
-        """`padding_bs`, checked to be real tokens first, then padding: a causal kernel then needs no mask for it."""
+        """`padding_bs`, checked to be real tokens first, then padding: rows are then intervals, and need no mask."""
         if self.padding_bs is not None:
             holds = (self.padding_bs[:, 1:] <= self.padding_bs[:, :-1]).all()
             if self.device.type == "cpu" and not holds:
-                raise UserError("dense causal attention got padding before real tokens", "pad on the right")
-            torch._assert_async(holds, "dense causal attention needs padding on the right")  # does not wait for the GPU
+                raise UserError("attention got padding before real tokens", "pad on the right")
+            torch._assert_async(holds, "attention needs padding on the right")  # does not wait for the GPU
         return self.padding_bs
+
+    @property
+    def packed(self) -> bool:
+        """Whether a dense layer needs a mask: documents to keep apart, or padding that causality does not hide."""
+        return self.document_bs is not None or (self.padding_bs is not None and not self.causal)
+
+    @cached_property
+    def documents_bs(self) -> tuple[Tensor, Tensor]:
+        """First position and end (exclusive) of each token's document: int64 (b or 1, s), without waiting for the GPU.
+
+        A document is a run of tokens with the same number; the padding at the end of a row is one of its own.
+        """
+        position_1s = torch.arange(self.length, device=self.device)[None]
+        padding_bs = self.right_padding_bs if self.document_bs is None else self.padding_bs
+        facts = [fact for fact in (self.document_bs, padding_bs) if fact is not None]
+        if not facts:
+            return torch.zeros_like(position_1s), torch.full_like(position_1s, self.length)
+        starts = reduce(or_, [fact[:, 1:] != fact[:, :-1] for fact in facts])
+        edge_b1 = torch.ones_like(facts[0][:, :1], dtype=torch.bool)
+        first_bs = torch.where(torch.cat([edge_b1, starts], dim=1), position_1s, 0).cummax(dim=1).values
+        ends = torch.where(torch.cat([starts, edge_b1], dim=1), position_1s + 1, self.length)
+        return first_bs, ends.flip(1).cummin(dim=1).values.flip(1)
 
     def is_static(self, pattern: PatternBase) -> bool:
         """Whether the pattern's mask is the same for every sample of every batch of this length."""
@@ -97,25 +121,30 @@ class BoundPattern:
 
     @cached_property
     def rule(self) -> Rule:
-        """The pattern's rule; its tables are shared with the static binding unless they depend on the samples."""
-        if self.static or self.pattern.reads_samples(self.batch):
-            return self.pattern.rule(self.batch)
-        return self.batch.bound_without_samples(self.pattern).rule
+        """The pattern's rule; its tables depend on the length alone and are shared by all batches."""
+        return self.pattern.rule(self.batch) if self.static else self.batch.bound_without_samples(self.pattern).rule
 
     @cached_property
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """allows(b, h, q, k) with causality, padding and documents, as FlexAttention calls it."""
+        """allows(b, h, q, k) with causality, padding and documents, as FlexAttention calls it.
+
+        The pattern's rule sees positions that count from the start of the document.
+        """
         rule, causal = self.rule, self.batch.causal
-        padding_bs, document_bs = self.batch.padding_bs, self.batch.document_bs
+        padding_bs = self.batch.padding_bs
+        first_bs = None if self.batch.document_bs is None else self.batch.documents_bs[0]
+        global_bs = self.pattern.sample_globals_bs(self.batch)
 
         def allows(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            allowed = rule(b, q, k)
+            allowed = rule(b, q, k) if first_bs is None else rule(b, q - first_bs[b, q], k - first_bs[b, k])
+            if global_bs is not None:
+                allowed = allowed | global_bs[b, q] | global_bs[b, k]
+            if first_bs is not None:
+                allowed = allowed & (first_bs[b, q] == first_bs[b, k])
             if causal:
                 allowed = allowed & (k <= q)
             if padding_bs is not None:
                 allowed = allowed & padding_bs[b, q] & padding_bs[b, k]
-            if document_bs is not None:
-                allowed = allowed & (document_bs[b, q] == document_bs[b, k])
             return allowed
 
         return allows
@@ -154,6 +183,23 @@ class BoundPattern:
             counts.append(blocks.sum(dim=4, dtype=torch.int32).sum(dim=2, dtype=torch.int32))
         return torch.cat(counts, dim=1)
 
+    @property
+    def interval_parts(self) -> tuple[IntervalPart, ...] | None:
+        """The parts of a pattern whose rows are intervals, whatever the samples; None for all others."""
+        return None if self.pattern.reads_samples(self.batch) else self.pattern.interval_parts(self.batch.causal)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What our Triton kernels visit."""
+        from loras_bench.attention.schedule import build_parts
+
+        return build_parts(self)
+
+    @cached_property
+    def mean_keys(self) -> float:
+        """Keys that a query sees on average in a whole sequence of this length."""
+        return self.pattern.count_pairs(self.batch.length, self.batch.causal) / self.batch.length
+
     @cached_property
     def block_mask(self) -> BlockMask:
         """FlexAttention's index of tiles to visit, with full tiles apart so that they skip the mask."""
@@ -172,10 +218,19 @@ class BoundPattern:
             seq_lengths=(self.batch.length, self.batch.length),
         )
 
+    @property
+    def with_data(self) -> BoundPattern:
+        """This binding, or on the meta device its equal on the CPU, whose tables can be read."""
+        if self.batch.device.type != "meta":
+            return self
+        return replace(self.batch, device=torch.device("cpu")).bound(self.pattern)
+
     def allowed_pairs(self, batch_size: int) -> int:
         """Allowed pairs of one head, summed over the samples: real tokens only, within documents."""
         if self.static:
             return batch_size * self.pattern.count_pairs(self.batch.length, self.batch.causal)
+        if self.interval_parts is not None:  # without a mask of length x length
+            return sum(part.allowed_pairs() for part in self.with_data.parts)
         return int(self.tile_pairs_btt.sum(dtype=torch.int64))
 
     def dense_pairs(self, batch_size: int) -> int:
@@ -184,10 +239,7 @@ class BoundPattern:
 
     def visited_pairs(self, batch_size: int) -> int:
         """Pairs in the tiles that hold at least one allowed pair, whole tiles counted, summed over the samples."""
-        if self.batch.device.type == "meta":
-            on_cpu = replace(self.batch, device=torch.device("cpu"))
-            return on_cpu.bound(self.pattern).visited_pairs(batch_size)
-        visited = int((self.tile_pairs_btt > 0).sum()) * TILE * TILE
+        visited = int((self.with_data.tile_pairs_btt > 0).sum()) * TILE * TILE
         return visited * batch_size if self.static else visited
 
 

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from loras_bench.attention.pattern import PatternBase
+from loras_bench.attention.banded import band_part
+from loras_bench.attention.pattern import IntervalPart, PatternBase
 from loras_bench.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from loras_bench.attention.binding import AttentionBatch
-    from loras_bench.attention.pattern import Rule
+    from loras_bench.attention.pattern import Bounds, Rule
 
     Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -28,6 +30,17 @@ class Strided(PatternBase):
     def rule(self, batch: AttentionBatch) -> Rule:
         stride = self.stride
         return lambda b, q, k: ((q - k < stride) & (k - q < stride)) | ((q - k) % stride == 0)
+
+    def interval_parts(self, causal: bool) -> tuple[IntervalPart, ...]:
+        """The band, and in each residue class everyone but oneself, whom the band holds already."""
+        band = band_part((self.stride - 1, self.stride - 1), causal)
+        if causal:
+            return band, IntervalPart(lambda p, n: (0, 0, 0, p), lambda p, n: (0, 0, p + 1, n), self.stride)
+
+        def others(p: Tensor, n: Tensor) -> Bounds:
+            return 0, p, p + 1, n
+
+        return band, IntervalPart(others, others, self.stride)
 
     def count_pairs(self, length: int, causal: bool) -> int:
         import numpy as np
@@ -84,6 +97,18 @@ class BlockLocal(PatternBase):
     def rule(self, batch: AttentionBatch) -> Rule:
         block, reach = self.block, int(self.overlap)
         return lambda b, q, k: (q // block - k // block <= reach) & (k // block - q // block <= reach)
+
+    def interval_parts(self, causal: bool) -> tuple[IntervalPart, ...]:
+        block, reach = self.block, self.block * self.overlap
+
+        def keys(p: Tensor, n: Tensor) -> Bounds:
+            start = p - p % block
+            return 0, 0, (start - reach).clamp(min=0), p + 1 if causal else (start + block + reach).minimum(n)
+
+        def queries(p: Tensor, n: Tensor) -> Bounds:
+            return (0, 0, p, (p - p % block + block + reach).minimum(n)) if causal else keys(p, n)
+
+        return (IntervalPart(keys, queries),)
 
     def count_pairs(self, length: int, causal: bool) -> int:
         import numpy as np

@@ -50,7 +50,7 @@ class SdpaBackend(Backend):
         if kernel == "math":
             self.backward_factor = 2.0  # keeps the weights, recomputes nothing
 
-    def refusal(self, pattern: PatternBase, device: torch.device) -> str | None:
+    def refusal(self, pattern: PatternBase, device: torch.device, head_dim: int) -> str | None:
         if not isinstance(pattern, Dense):
             return "SDPA computes every pair"
         if device.type not in ("cuda", "meta") and self.kernel not in ("auto", "math"):
@@ -75,7 +75,7 @@ class SdpaBackend(Backend):
             )
         return out if padding_bs is None else out.masked_fill(~padding_bs[:, None, :, None], 0), None
 
-    def executed_pairs(self, bound: BoundPattern, batch_size: int) -> int:
+    def executed_pairs(self, bound: BoundPattern, batch_size: int, head_dim: int) -> int:
         """Without a mask, fused kernels skip the tiles above a causal model's diagonal; with one they skip nothing."""
         length = bound.batch.length
         if not bound.batch.causal or self._needs_mask(bound) or self.kernel == "math":
@@ -86,7 +86,7 @@ class SdpaBackend(Backend):
     @staticmethod
     def _needs_mask(bound: BoundPattern) -> bool:
         """Padding on the right is invisible to the real queries of a causal model: the fast kernels stay available."""
-        return bound.batch.document_bs is not None or (bound.batch.padding_bs is not None and not bound.batch.causal)
+        return bound.batch.packed
 
     def _note_kernel(
         self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, mask: Tensor | None, causal: bool, grouped: bool

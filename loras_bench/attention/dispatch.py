@@ -7,7 +7,7 @@ take their kernels from the same place. Methods then change the patterns. State 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,13 +21,14 @@ from loras_bench.attention.dense import DenseKernel, SdpaBackend
 from loras_bench.attention.flex import FlexBackend
 from loras_bench.attention.patterns import Dense, Longformer, PatternBase
 from loras_bench.attention.reference import ReferenceBackend
+from loras_bench.attention.triton import TritonBackend
 from loras_bench.errors import ConfigError, UserError
 from loras_bench.methods.base import AttentionTap
 
 if TYPE_CHECKING:
     from loras_bench.methods.base import Taps
 
-SparseBackend = Literal["auto", "reference", "flex"]
+SparseBackend = Literal["auto", "triton", "flex", "reference"]
 
 
 class ModelAttention:
@@ -36,18 +37,25 @@ class ModelAttention:
     Args:
         layers: Number of layers.
         causal: Whether the model is causal.
+        head_dim: Size of a head.
         device: Where the model will run; decides the backends.
         dense_kernel: SDPA kernel of dense layers.
     """
 
-    def __init__(self, layers: int, causal: bool, device: torch.device, dense_kernel: DenseKernel = "auto") -> None:
+    def __init__(
+        self, layers: int, causal: bool, head_dim: int, device: torch.device, dense_kernel: DenseKernel = "auto"
+    ) -> None:
         self.causal = causal
+        self.head_dim = head_dim
         self.device = device
         self.taps: Taps | None = None
         """Set it to collect q, k and the log-sum-exp of every layer."""
         self._dense = SdpaBackend(dense_kernel)
-        self._sparse: dict[str, Backend] = {"flex": FlexBackend(), "reference": ReferenceBackend()}  # by preference
+        sparse: list[Backend] = [TritonBackend(), FlexBackend(), ReferenceBackend()]  # by preference
+        self._sparse = {backend.name: backend for backend in sparse}
         self._override: PatternBase | None = None
+        self._packed = False
+        """Whether the latest batch was: what `describe` tells of dense layers."""
         self._calls: list[CoreCall] | None = None
         self._static_bindings: dict[tuple[PatternBase, int, torch.device], BoundPattern] = {}
         self._pairs: dict[tuple[PatternBase, str, int, int], PairCounts] = {}
@@ -91,7 +99,7 @@ class ModelAttention:
         """
         for pattern in set(patterns):  # refuse now rather than in the first step
             pattern.check(self.causal)
-            self._choose(pattern, backend)
+            self._choose(pattern, backend, packed=False)
         self.patterns = list(patterns)
         self.backend = backend
 
@@ -163,7 +171,8 @@ class ModelAttention:
             raise UserError("attention with a key/value cache is not supported", "pass use_cache=False")
         pattern = self._override or self.patterns[layer]
         bound = batch.bound(pattern)
-        backend, _ = self._choose(pattern, self.backend)
+        self._packed = batch.packed
+        backend, _ = self._choose(pattern, self.backend, batch.packed)
         lse_bhs: Tensor | None
         if self._calls is None:
             out_bhsd, lse_bhs = backend.attend(q_bhsd, k_bgsd, v_bgsd, bound, scale)
@@ -198,11 +207,23 @@ class ModelAttention:
             )
         return totals
 
+    def batch_pair_counts(self, batch: Mapping[str, Tensor]) -> list[PairCounts]:
+        """Pairs of one head in each layer for one collated batch on the CPU; its documents decide."""
+        ids_bs = batch["input_ids"]
+        facts = self.batch(
+            ids_bs.shape[1], ids_bs.device, batch.get("attention_mask"), batch.get("document_ids"), input_ids_bs=ids_bs
+        )
+        counted = {
+            pattern: self._count(facts.bound(pattern), len(ids_bs))
+            for pattern in {self._override or pattern for pattern in self.patterns}
+        }
+        return [counted[self._override or pattern] for pattern in self.patterns]
+
     def describe(self) -> dict[str, Any]:
         """What each layer does and why, for the record; dense kernels are known after the first step on CUDA."""
         layers = []
         for pattern in self.patterns:
-            backend, reason = self._choose(pattern, self.backend)
+            backend, reason = self._choose(pattern, self.backend, self._packed)
             layers.append({"pattern": pattern.model_dump(mode="json"), "backend": backend.name, "reason": reason})
         return {
             "causal": self.causal,
@@ -211,38 +232,42 @@ class ModelAttention:
             "layers": layers,
         }
 
-    def _choose(self, pattern: PatternBase, requested: SparseBackend) -> tuple[Backend, str]:
-        """The backend for a pattern, and why: SDPA for dense layers, the first that can train for the others."""
-        needs_lse = self.taps is not None
-        if isinstance(pattern, Dense) and not needs_lse:
-            if refusal := self._dense.refusal(pattern, self.device):
-                raise ConfigError(f"dense_attention: {refusal}", "use dense_attention: auto")
-            return self._dense, f"dense layers take SDPA ({self._dense.kernel})"
+    def _choose(self, pattern: PatternBase, requested: SparseBackend, packed: bool) -> tuple[Backend, str]:
+        """The backend for a pattern, and why: SDPA for dense layers, the first that can train for the others.
+
+        SDPA would need the whole n x n mask for packed documents: those are ours where Triton runs.
+        """
+        if isinstance(pattern, Dense) and self.taps is None:
+            ours = self._sparse["triton"].refusal(pattern, self.device, self.head_dim) is None
+            if not (packed and ours and self._dense.kernel == "auto"):
+                if refusal := self._dense.refusal(pattern, self.device, self.head_dim):
+                    raise ConfigError(f"dense_attention: {refusal}", "use dense_attention: auto")
+                return self._dense, f"dense layers take SDPA ({self._dense.kernel})"
         if requested != "auto":
             backend = self._sparse[requested]
-            if refusal := backend.refusal(pattern, self.device):
+            if refusal := backend.refusal(pattern, self.device, self.head_dim):
                 raise ConfigError(f"backend: {backend.name}: {refusal}", "use backend: auto")
             return backend, "asked for"
         refusals: list[str] = []
         for backend in self._sparse.values():
-            if (refusal := backend.refusal(pattern, self.device)) is None:
+            if (refusal := backend.refusal(pattern, self.device, self.head_dim)) is None:
                 return backend, "; ".join(refusals) or f"first choice on {self.device.type}"
             refusals.append(refusal)
         raise ConfigError(f"no backend computes {pattern.kind} on {self.device.type}: {'; '.join(refusals)}")
 
     def _count(self, bound: BoundPattern, batch_size: int) -> PairCounts:
-        backend, _ = self._choose(bound.pattern, self.backend)
+        backend, _ = self._choose(bound.pattern, self.backend, bound.batch.packed)
         return PairCounts(
             dense=bound.dense_pairs(batch_size),
             allowed=bound.allowed_pairs(batch_size),
-            executed=backend.executed_pairs(bound, batch_size),
+            executed=backend.executed_pairs(bound, batch_size, self.head_dim),
         )
 
     def _count_row(self, pattern: PatternBase, length: int, padded: int) -> PairCounts:
         """Pairs of one sample, remembered."""
-        key = (pattern, self._choose(pattern, self.backend)[0].name, length, padded)
+        padding_bs = (torch.arange(padded) < length)[None] if length < padded else None
+        batch = self.batch(padded, torch.device("cpu"), padding_bs)
+        key = (pattern, self._choose(pattern, self.backend, batch.packed)[0].name, length, padded)
         if key not in self._pairs:
-            padding_bs = (torch.arange(padded) < length)[None] if length < padded else None
-            batch = self.batch(padded, torch.device("cpu"), padding_bs)
             self._pairs[key] = self._count(batch.bound(pattern), 1)
         return self._pairs[key]

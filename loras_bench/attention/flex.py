@@ -34,7 +34,7 @@ class FlexBackend(Backend):
     def __init__(self, compiled: bool = True) -> None:
         self._compiled = compiled
 
-    def refusal(self, pattern: PatternBase, device: torch.device) -> str | None:
+    def refusal(self, pattern: PatternBase, device: torch.device, head_dim: int) -> str | None:
         if device.type != "cuda":
             return f"FlexAttention has no backward pass on {device.type}"
         return None if self._compiled else "un-compiled FlexAttention is an emulation, not a kernel"
@@ -62,5 +62,5 @@ class FlexBackend(Backend):
             )
         return out_bhsd, aux.lse
 
-    def executed_pairs(self, bound: BoundPattern, batch_size: int) -> int:
+    def executed_pairs(self, bound: BoundPattern, batch_size: int, head_dim: int) -> int:
         return bound.visited_pairs(batch_size)

@@ -43,7 +43,8 @@ def plug_in(
     if hasattr(base, "model_attention"):
         raise RuntimeError("ModelAttention is installed in this model already")
 
-    attention = kind(len(layers), causal, device or base.device, dense_kernel)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = kind(len(layers), causal, head_dim, device or base.device, dense_kernel)
     for module in [base, *layers]:
         module.model_attention = attention
     AttentionInterface.register(NAME, attention_function)

@@ -52,5 +52,5 @@ class ReferenceBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         return masked_attention(q_bhsd, k_bgsd, v_bgsd, bound.mask_bqk, scale)
 
-    def executed_pairs(self, bound: BoundPattern, batch_size: int) -> int:
+    def executed_pairs(self, bound: BoundPattern, batch_size: int, head_dim: int) -> int:
         return batch_size * bound.batch.length**2

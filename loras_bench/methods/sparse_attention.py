@@ -25,8 +25,8 @@ class SparseAttentionConfig(MethodConfig):
     """The pattern of all layers that `layers` does not name."""
     layers: Mapping[str, Pattern] = Field(default_factory=dict)
     """Patterns of single layers: a layer (`"3"`) or a range with both ends (`"0-1"`), counted from 0."""
-    backend: Literal["auto", "reference", "flex"] = "auto"
-    """Who computes it; `auto` is FlexAttention on CUDA and the masked reference elsewhere."""
+    backend: Literal["auto", "triton", "flex", "reference"] = "auto"
+    """Who computes it; `auto` is our Triton kernels on CUDA and the masked reference elsewhere."""
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from attention_checks import BIDIRECTIONAL, CASES, CAUSAL, CPU, LENGTH, case_name, documents, inputs, padding, results
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from loras_bench.attention.backend import Backend
-from loras_bench.attention.binding import AttentionBatch, BoundPattern
+from loras_bench.attention.binding import AttentionBatch
 from loras_bench.attention.dense import SdpaBackend
 from loras_bench.attention.flex import FlexBackend
 from loras_bench.attention.patterns import (
@@ -26,47 +27,8 @@ from loras_bench.attention.patterns import (
     Window,
 )
 from loras_bench.attention.reference import ReferenceBackend
+from loras_bench.attention.triton import TritonBackend
 from loras_bench.errors import UserError
-
-CPU = torch.device("cpu")
-LENGTH = 157  # no multiple of a tile, a block or a stride
-CAUSAL = [
-    Dense(),
-    Window(window=20, global_tokens=5),
-    Longformer(window=20, global_tokens=2, global_positions=(40, 141)),
-    Dilated(window=9, dilation=3),
-    Strided(stride=12),
-    Fixed(stride=12, summary=2),
-    BlockLocal(block=24),
-    BigBird(block=16, window_blocks=2, global_blocks=1, random_blocks=2),
-]
-BIDIRECTIONAL = [
-    Dense(),
-    Window(half_width=10, global_tokens=1),
-    Longformer(half_width=10, global_tokens=1, global_positions=(40, 141)),
-    Dilated(half_width=5, dilation=3),
-    Strided(stride=12),
-    Fixed(stride=12, summary=2),
-    BlockLocal(block=24),
-    BigBird(block=16, window_blocks=3, global_blocks=1, random_blocks=2),
-]
-CASES = [(pattern, True) for pattern in CAUSAL] + [(pattern, False) for pattern in BIDIRECTIONAL]
-
-
-def case_name(value: object) -> str:
-    return value.kind if isinstance(value, PatternBase) else {True: "causal", False: "bidirectional"}.get(value, "")  # type: ignore[call-overload,no-any-return]
-
-
-def inputs(
-    heads: int = 4, groups: int = 2, length: int = LENGTH, batch: int = 2, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, heads, length, 16), (batch, groups, length, 16), (batch, groups, length, 16)]
-    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
-
-
-def padding(*lengths: int, length: int = LENGTH) -> Tensor:
-    return torch.arange(length) < torch.tensor(lengths)[:, None]
 
 
 def row_by_row(q: Tensor, k: Tensor, v: Tensor, mask_bqk: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -81,17 +43,6 @@ def row_by_row(q: Tensor, k: Tensor, v: Tensor, mask_bqk: Tensor, scale: float) 
                 outs.append(scores.softmax(0) @ values[allowed])
                 lses.append(scores.logsumexp(0) if len(allowed) else torch.tensor(-math.inf))
     return torch.stack(outs).view(q.shape), torch.stack(lses).view(q.shape[:3])
-
-
-def results(backend: Backend, bound: BoundPattern, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Output, log-sum-exp and the gradients of a random projection of the output and of the finite log-sum-exp."""
-    out, lse = backend.attend(*tensors, bound, 0.3)  # type: ignore[call-arg,misc]
-    generator = torch.Generator().manual_seed(1)
-    loss = (out * torch.randn(out.shape, generator=generator)).sum()
-    if lse is not None:
-        weights = torch.randn(lse.shape, generator=generator)
-        loss = loss + (weights * lse.masked_fill(lse.isinf(), 0)).sum()
-    return out, lse if lse is not None else torch.zeros(()), *torch.autograd.grad(loss, tensors)
 
 
 def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -129,6 +80,26 @@ def test_reference_gradients_numerically() -> None:
         return out, lse.masked_fill(lse.isinf(), 0)
 
     assert torch.autograd.gradcheck(core, tensors)
+
+
+@pytest.mark.parametrize(("pattern", "causal"), CASES, ids=case_name)
+@torch.no_grad()
+def test_a_packed_row_is_its_documents_in_rows_of_their_own(pattern: PatternBase, causal: bool) -> None:
+    """Positions count from the start of the document, and nothing crosses its ends.
+
+    The rows are padded to one length: a bidirectional BigBird draws its blocks from those of the row.
+    """
+    packed = AttentionBatch(LENGTH, causal, CPU, document_bs=documents(*(lengths := (50, 1, 106))))
+    tensors = inputs(batch=1)
+    out, lse = ReferenceBackend().attend(*tensors, packed.bound(pattern), 0.3)  # type: ignore[call-arg,misc]
+    first = 0
+    for length in lengths:
+        row = AttentionBatch(LENGTH, causal, CPU, padding_bs=padding(length))
+        moved = [tensor.roll(-first, dims=2) for tensor in tensors]
+        alone, alone_lse = ReferenceBackend().attend(*moved, row.bound(pattern), 0.3)  # type: ignore[call-arg,misc]
+        torch.testing.assert_close(out[:, :, first : first + length], alone[:, :, :length], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse[:, :, first : first + length], alone_lse[:, :, :length], rtol=1e-5, atol=1e-5)
+        first += length
 
 
 @pytest.mark.parametrize(("pattern", "causal"), CASES, ids=case_name)
@@ -185,9 +156,9 @@ def test_dense_kernels_are_the_reference_on_cuda(kernel: str) -> None:
 
 
 def test_flex_trains_on_cuda_only_and_compiled_only() -> None:
-    assert "backward" in (FlexBackend().refusal(Dense(), CPU) or "")
-    assert FlexBackend().refusal(Dense(), torch.device("cuda")) is None
-    assert "emulation" in (FlexBackend(compiled=False).refusal(Dense(), torch.device("cuda")) or "")
+    assert "backward" in (FlexBackend().refusal(Dense(), CPU, 64) or "")
+    assert FlexBackend().refusal(Dense(), torch.device("cuda"), 64) is None
+    assert "emulation" in (FlexBackend(compiled=False).refusal(Dense(), torch.device("cuda"), 64) or "")
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -216,9 +187,9 @@ def test_dense_causal_attention_refuses_padding_on_the_left() -> None:
 
 
 def test_a_kernel_that_needs_cuda_is_refused_elsewhere() -> None:
-    assert "needs CUDA" in (SdpaBackend("cudnn").refusal(Dense(), CPU) or "")
-    assert SdpaBackend("math").refusal(Dense(), CPU) is None
-    assert "every pair" in (SdpaBackend().refusal(Window(window=4), CPU) or "")
+    assert "needs CUDA" in (SdpaBackend("cudnn").refusal(Dense(), CPU, 64) or "")
+    assert SdpaBackend("math").refusal(Dense(), CPU, 64) is None
+    assert "every pair" in (SdpaBackend().refusal(Window(window=4), CPU, 64) or "")
 
 
 @pytest.mark.parametrize("pattern", [Dense(), Window(half_width=3)], ids=case_name)
@@ -226,7 +197,8 @@ def test_a_sample_of_padding_alone_gives_zeros_and_finite_gradients(
     pattern: PatternBase, eager_flex: FlexBackend
 ) -> None:
     bound = AttentionBatch(LENGTH, False, CPU, padding_bs=padding(0, 50)).bound(pattern)
-    backends: list[Backend] = [ReferenceBackend(), eager_flex]
+    pytest.importorskip("triton")
+    backends: list[Backend] = [ReferenceBackend(), eager_flex, TritonBackend()]
     for backend in [*backends, SdpaBackend()] if isinstance(pattern, Dense) else backends:
         out, lse, *grads = results(backend, bound, tensors := inputs())
         assert (out[0] == 0).all() and (out[1, :, 50:] == 0).all()

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from loras_bench.attention.binding import TILE, AttentionBatch
-from loras_bench.attention.patterns import BigBird, Dense, Dilated, Longformer, Strided, Window
+from loras_bench.attention.patterns import BigBird, BlockLocal, Dense, Dilated, Longformer, Strided, Window
+from loras_bench.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -22,6 +23,29 @@ def test_padding_documents_and_causality_combine() -> None:
     )
     expected = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
     assert torch.equal(batch.bound(Dense()).mask_bqk[0].int(), expected.int())
+
+
+def test_documents_are_runs_of_a_number_and_padding_is_one_of_its_own() -> None:
+    padding_bs = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    document_bs = torch.tensor([[4, 4, 0, 0, 0, 0], [1, 2, 2, 2, 2, 1]])
+    first, end = AttentionBatch(6, True, CPU, padding_bs, document_bs).documents_bs
+    assert first.tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 1, 5]]
+    assert end.tolist() == [[2, 2, 5, 5, 5, 6], [1, 5, 5, 5, 5, 6]]
+    first, end = AttentionBatch(6, True, CPU, padding_bs).documents_bs
+    assert first.tolist() == [[0, 0, 0, 0, 0, 5], [0] * 6] and end.tolist() == [[5, 5, 5, 5, 5, 6], [6] * 6]
+    first, end = AttentionBatch(6, True, CPU).documents_bs
+    assert first.tolist() == [[0] * 6] and end.tolist() == [[6] * 6]
+    with pytest.raises(UserError, match="padding before real tokens"):
+        _ = AttentionBatch(6, True, CPU, padding_bs.flip(1)).documents_bs
+
+
+def test_positions_count_from_the_start_of_the_document() -> None:
+    """The second document has a global token and classes of its own."""
+    batch = AttentionBatch(6, True, CPU, document_bs=torch.tensor([[0, 0, 1, 1, 1, 1]]))
+    window = batch.bound(Window(window=1, global_tokens=1)).mask_bqk[0, 2:, 2:].int().tolist()
+    assert window == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
+    blocks = batch.bound(BlockLocal(block=3, overlap=False)).mask_bqk[0, 2:, 2:].int().tolist()
+    assert blocks == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
 
 
 def test_global_tokens_of_single_samples() -> None:

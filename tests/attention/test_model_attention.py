@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from loras_bench.attention.dispatch import ModelAttention
+from loras_bench.attention.binding import AttentionBatch
+from loras_bench.attention.dense import DenseKernel
+from loras_bench.attention.dispatch import ModelAttention, SparseBackend
 from loras_bench.attention.patterns import (
     BigBird,
     BlockLocal,
@@ -34,6 +37,8 @@ from loras_bench.attention.patterns import (
     Strided,
     Window,
 )
+from loras_bench.attention.tiles import choose_tiles
+from loras_bench.attention.triton import PRODUCTS, TritonBackend
 from loras_bench.errors import ConfigError, UserError
 from loras_bench.methods.base import Taps
 
@@ -302,19 +307,86 @@ def test_describe_is_json_with_a_reason_for_every_layer() -> None:
     assert window == {
         "pattern": {"kind": "window", "window": 4, "half_width": None, "global_tokens": 0},
         "backend": "reference",
-        "reason": "FlexAttention has no backward pass on cpu",
+        "reason": "our Triton kernels do not run on cpu; FlexAttention has no backward pass on cpu",
     }
 
 
-def test_a_model_that_will_run_on_cuda_is_planned_for_cuda() -> None:
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def tiles_of_a_window(window: int, length: int, queries: int, keys: int) -> int:
+    """Tiles that hold a pair, of a causal window whose length is a multiple of both edges."""
+    rows = range(0, length, queries)
+    return sum((row + queries - 1) // keys - max(row - window + 1, 0) // keys + 1 for row in rows)
+
+
+@needs_triton
+@pytest.mark.parametrize(("backend", "factor"), [("auto", 3.5), ("triton", 3.5), ("flex", 2.5)])
+def test_a_model_that_will_run_on_cuda_is_planned_for_cuda(backend: SparseBackend, factor: float) -> None:
     model = make("llama").to("meta")
     attention = ModelAttention.install(model, device=torch.device("cuda"))
-    attention.set_patterns([Window(window=9), Dense()])
-    assert [layer["backend"] for layer in attention.describe()["layers"]] == ["flex", "sdpa"]
+    attention.set_patterns([Window(window=9), Dense()], backend)
+    name = "flex" if backend == "flex" else "triton"
+    assert [layer["backend"] for layer in attention.describe()["layers"]] == [name, "sdpa"]
     with attention.counting() as log:
         final(model, torch.zeros(2, 1024, dtype=torch.int64, device="meta"))
-    assert [call.pairs.executed for call in log] == [2 * 15 * 128**2, 2 * 36 * 128**2]
-    assert [call.backward_factor for call in log] == [2.5, 2.5]
+    executed = 2 * 15 * 128**2
+    if name == "triton":  # the mean over the products of its three kernels, each with its own tiles
+        choices = [(choose_tiles(kernel, 8, 9, False), PRODUCTS[kernel]) for kernel in PRODUCTS]
+        done = [n * tiles_of_a_window(9, 1024, c.queries, c.keys) * c.queries * c.keys for c, n in choices]
+        executed = round(2 * sum(done) / 9)
+    assert [call.pairs.executed for call in log] == [executed, 2 * 36 * 128**2]
+    assert [call.backward_factor for call in log] == [factor, 2.5]
+
+
+def packed_batch(*lengths: int) -> dict[str, Tensor]:
+    """One row of documents, with padding at the end up to LENGTH."""
+    real, numbers = sum(lengths), torch.arange(len(lengths) + 1)
+    document_ids = torch.repeat_interleave(numbers, torch.tensor([*lengths, LENGTH - real]))[None]
+    mask = (torch.arange(LENGTH) < real)[None]
+    return {"input_ids": tokens(1), "attention_mask": mask, "document_ids": document_ids}
+
+
+@pytest.mark.parametrize("pattern", CAUSAL, ids=lambda p: p.kind)
+def test_pairs_of_a_packed_batch_are_those_of_its_documents(pattern: PatternBase) -> None:
+    """The tail of padding counts for nothing but the work of the reference, which computes all."""
+    model = make("llama")
+    attention = ModelAttention.install(model)
+    attention.set_patterns([pattern, Dense()])
+    batch = packed_batch(19, 1, 22)
+    found = attention.batch_pair_counts(batch)
+    alone = [attention.pair_counts([n]) for n in (19, 1, 22)]
+    for layer, counts in enumerate(found):
+        assert counts.dense == sum(one[layer].dense for one in alone) == 190 + 1 + 253
+        assert counts.allowed == sum(one[layer].allowed for one in alone)
+        assert counts.executed == LENGTH**2
+    with attention.counting() as log:
+        final(model, **{"ids": batch.pop("input_ids"), **batch})
+    assert [call.pairs for call in log] == found
+    with attention.override(Dense()):
+        assert attention.batch_pair_counts(packed_batch(LENGTH))[0].allowed == LENGTH * (LENGTH + 1) // 2
+
+
+@needs_triton
+def test_dense_layers_take_our_kernels_on_cuda_where_documents_are_packed() -> None:
+    """SDPA would compute all of LENGTH x LENGTH; ours only what a dense model computes for documents, in tiles."""
+    cuda, batch = torch.device("cuda"), packed_batch(30, 9)
+
+    def executed(batch: dict[str, Tensor], kernel: DenseKernel = "auto", family: str = "llama") -> int:
+        attention = ModelAttention.install(make(family), kernel, cuda)
+        assert attention.describe()["layers"][0]["backend"] == "sdpa"
+        return attention.batch_pair_counts(batch)[0].executed
+
+    def by_ours(causal: bool, **facts: Tensor) -> int:
+        bound = AttentionBatch(LENGTH, causal, torch.device("cpu"), **facts).bound(Dense())
+        return TritonBackend().executed_pairs(bound, 1, 8)
+
+    facts = {"padding_bs": batch["attention_mask"], "document_bs": batch["document_ids"]}
+    assert executed(batch) == by_ours(True, **facts) != LENGTH**2
+    assert executed(batch, "efficient") == LENGTH**2
+    padded = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert executed(padded, family="bert") == by_ours(False, padding_bs=batch["attention_mask"])
+    assert executed(padded) == LENGTH**2  # causal: SDPA's fast kernels need no mask; one tile
 
 
 def test_what_cannot_work_is_refused() -> None:

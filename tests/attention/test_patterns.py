@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from attention_checks import interval_patterns, irregular_patterns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
@@ -56,29 +57,10 @@ def by_definition(pattern: PatternBase, length: int, causal: bool) -> set[tuple[
     return {(i, j) for i in range(length) for j in range(length) if (j <= i or not causal) and allowed(i, j)}
 
 
-def small_patterns(causal: bool) -> st.SearchStrategy[PatternBase]:
-    width = {"window": st.integers(1, 20)} if causal else {"half_width": st.integers(0, 20)}
-    size = st.integers(1, 12)
-    return st.one_of(
-        st.just(Dense()),
-        st.builds(Window, global_tokens=st.integers(0, 40), **width),
-        st.builds(
-            Longformer,
-            global_tokens=st.integers(0, 3),
-            global_positions=st.lists(st.integers(0, 40), max_size=4).map(tuple),
-            **width,
-        ),
-        st.builds(Dilated, dilation=size, **width),
-        st.builds(Strided, stride=size),
-        size.flatmap(lambda n: st.builds(Fixed, stride=st.just(n), summary=st.integers(1, n))),
-        st.builds(BlockLocal, block=size, overlap=st.booleans()),
-    )
-
-
 @given(st.data(), st.integers(1, 37), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_rule_and_count_follow_the_definition(data: st.DataObject, length: int, causal: bool) -> None:
-    pattern = data.draw(small_patterns(causal))
+    pattern = data.draw(st.one_of(interval_patterns(causal), irregular_patterns(causal)))
     expected = by_definition(pattern, length, causal)
     assert {(i, j) for i, j in mask_of(pattern, length, causal).nonzero().tolist()} == expected
     assert pattern.count_pairs(length, causal) == len(expected)
