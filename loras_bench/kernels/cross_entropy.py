@@ -1,22 +1,23 @@
-"""The output layer and its cross-entropy in one place, the same for every arm.
+"""The output layer and its cross-entropy in one place, the same for every arm; never all logits at once.
 
-`liger` never holds all logits: at 32,768 tokens and a vocabulary of 49,152 they would be 3.2 GB in bfloat16. It
-computes no weight gradient for a frozen output layer.
+At 32,768 tokens and a vocabulary of 49,152 they would be 3.2 GB in bfloat16.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_TOKENS = 4096
+"""Tokens whose logits the torch path holds at once."""
+IGNORED = -100
+"""Target of a position that predicts nothing: cross_entropy's default."""
 
 
 def linear_cross_entropy(
-    hidden_bsd: Tensor, weight_vd: Tensor, targets_bs: Tensor, backend: Literal["liger", "torch"]
+    hidden_bsd: Tensor, weight_vd: Tensor, targets_bs: Tensor, backend: Literal["fused", "torch"]
 ) -> Tensor:
     """Sum over the targets of -log softmax(hidden @ weight^T)[target], in float32; targets of -100 are left out.
 
@@ -24,18 +25,16 @@ def linear_cross_entropy(
         hidden_bsd: Last hidden states (batch, length, width).
         weight_vd: Output embedding (vocabulary, width).
         targets_bs: The token that each position has to predict (batch, length).
-        backend: `liger` (fused Triton kernels, CUDA) or `torch`.
+        backend: `fused` (our Triton kernel, CUDA) or `torch`.
     """
     hidden_nd, targets_n = hidden_bsd.flatten(0, 1), targets_bs.flatten()
-    if backend == "liger":
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    if backend == "fused":
+        from loras_bench.kernels.fused_cross_entropy import fused_linear_cross_entropy
 
-        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        summed: Tensor = loss(weight_vd, hidden_nd, targets_n)
-        return summed.float()
-    total = hidden_nd.new_zeros((), dtype=torch.float32)
+        return fused_linear_cross_entropy(hidden_nd, weight_vd, targets_n)
+    total = hidden_nd.new_zeros((), dtype=hidden_nd.dtype).float()
     for start in range(0, targets_n.numel(), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         logits_nv = F.linear(hidden_nd[part], weight_vd).float()
-        total = total + F.cross_entropy(logits_nv, targets_n[part], reduction="sum")
+        total = total + F.cross_entropy(logits_nv, targets_n[part], reduction="sum", ignore_index=IGNORED)
     return total

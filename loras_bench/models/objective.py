@@ -27,7 +27,7 @@ class Objective(nn.Module):
         loss: Backend of the cross-entropy of language models.
     """
 
-    def __init__(self, model: nn.Module, task: Task, loss: Literal["liger", "torch"]) -> None:
+    def __init__(self, model: nn.Module, task: Task, loss: Literal["fused", "torch"]) -> None:
         super().__init__()
         self.model = model
         self.task = task
@@ -38,11 +38,13 @@ class Objective(nn.Module):
 
         Args:
             targets: (batch, length) tokens to predict with -100 where nothing is, or (batch,) classes.
-            **inputs: `input_ids`, and where there are any `attention_mask` and `token_type_ids`, all (batch, length).
+            **inputs: `input_ids`, and where there are any `attention_mask` and `token_type_ids`, all (batch, length);
+                for documents packed into one row what `class_logits_of_packed` takes.
         """
         inner = unwrapped(self.model)
         if self.task == "classification":
-            logits_bc = inner(**inputs).logits.float()
+            packed = "document_ids" in inputs
+            logits_bc = (class_logits_of_packed(inner, **inputs) if packed else inner(**inputs).logits).float()
             correct = (logits_bc.argmax(-1) == targets).sum()
             return F.cross_entropy(logits_bc, targets, reduction="sum"), correct
         hidden_bsd = inner.base_model(**inputs, use_cache=False)[0]
@@ -51,3 +53,32 @@ class Objective(nn.Module):
             return linear_cross_entropy(hidden_bsd, head.weight, targets, self.loss), None
         logits_bsv = head(hidden_bsd).float()  # an adapted or biased output layer has no single weight to fuse
         return F.cross_entropy(logits_bsv.flatten(0, 1), targets.flatten(), reduction="sum"), None
+
+
+def class_logits_of_packed(
+    inner: Any, *, position_ids: Tensor, starts: Tensor, ends: Tensor, **inputs: Tensor
+) -> Tensor:
+    """The logits of a transformers classifier for documents packed into one row, as it gives them for padded rows.
+
+    Only the tokens that the model pools reach its head: the last of each document in decoders, the first in encoders.
+
+    Args:
+        inner: The classifier, unwrapped.
+        position_ids: (1, length), counted from 0 in each document.
+        starts: (documents,), the place of each document's first token.
+        ends: (documents,), the place of its last token.
+        **inputs: `input_ids`, `attention_mask`, `document_ids` and where there are any `token_type_ids`, (1, length).
+
+    Returns:
+        (documents, classes).
+    """
+    family = inner.config.model_type
+    if family == "roberta":  # counts from the row after its padding token's
+        position_ids = position_ids + inner.config.pad_token_id + 1
+    hidden_sd = inner.base_model(**inputs, position_ids=position_ids, use_cache=False)[0][0]
+    if family in ("gpt2", "llama"):
+        return inner.score(hidden_sd.index_select(0, ends))  # type: ignore[no-any-return]
+    first_b1d = hidden_sd.index_select(0, starts)[:, None]
+    if family == "roberta":
+        return inner.classifier(first_b1d)  # type: ignore[no-any-return]
+    return inner.classifier(inner.dropout(inner.base_model.pooler(first_b1d)))  # type: ignore[no-any-return]
