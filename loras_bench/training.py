@@ -7,18 +7,18 @@ same batches and a resumed run goes on where it stopped with nothing but the num
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from loras_bench.config import TrainingConfig
-from loras_bench.data import IGNORED
 from loras_bench.errors import ConfigError
+from loras_bench.graphed import Eager, Graphs, Runner, shapes_of
 from loras_bench.methods.base import Method, Taps
 from loras_bench.models.objective import Objective
 from loras_bench.optimizer import MasterAdamW, cosine_with_warmup
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from loras_bench.data import TaskData
+
+STEPS_AHEAD = 2
+"""Steps that may be under way on the GPU when the host prepares another."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -108,10 +111,13 @@ def _mean_tokens(data: TaskData) -> float:
     return data.real_tokens("train", range(rows)) / rows
 
 
-def plan_batches(data: TaskData, plan: StepPlan, step: int) -> list[dict[str, Tensor]]:
-    """The micro-batches of a step, on the CPU, all processes' rows."""
-    indices = plan.indices(step)
-    return [data.collate("train", indices[at : at + plan.micro_rows]) for at in range(0, len(indices), plan.micro_rows)]
+def plan_batches(
+    data: TaskData, plan: StepPlan, step: int, rank: int = 0, processes: int = 1
+) -> list[dict[str, Tensor]]:
+    """The micro-batches of a step, on the CPU: of the rows of each, those of one process."""
+    indices, taken = plan.indices(step), plan.micro_rows
+    starts = range(0, len(indices), taken)
+    return [data.collate("train", indices[at : at + taken][rank::processes]) for at in starts]
 
 
 class LossLog:
@@ -152,6 +158,7 @@ class Loop:
         objective: The model with its loss (as `accelerator.prepare` returned it).
         methods: In stage order; their hooks are called around each step.
         taps: What layers show to methods that ask for it, or None.
+        graphed: Replay steps as CUDA graphs, but for those that a method wants eager.
     """
 
     def __init__(
@@ -164,50 +171,74 @@ class Loop:
         config: TrainingConfig,
         accelerator: Accelerator,
         taps: Taps | None,
+        graphed: bool,
     ) -> None:
         self.objective, self.optimizer, self.methods, self.data = objective, optimizer, methods, data
         self.plan, self.config, self.accelerator, self.taps = plan, config, accelerator, taps
         self.device = accelerator.device
+        self.graphs = Graphs(self.device) if graphed else None
+        self._eager = Eager(self.device)
+        self._loss, self._share = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self._ends: deque[torch.cuda.Event] = deque()
 
     def step(self, step: int) -> Tensor:
         """One optimizer step; returns the mean loss of its targets as a device scalar, without synchronising."""
         for method in self.methods:
             method.before_step(step)
-        batches = plan_batches(self.data, self.plan, step)
-        targets = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
-        total: Tensor = torch.zeros((), device=self.device)
+        runner, processes = self._runner(step), self.accelerator.num_processes
+        # Data-parallel gradients are averaged over processes, so each process scales its sum up by their number.
+        self._share.fill_(processes / self.data.target_count("train", self.plan.indices(step)))
+        batches = plan_batches(self.data, self.plan, step, self.accelerator.process_index, processes)
         for number, batch in enumerate(batches):
-            # Gradients that are collected now must have been averaged over the processes; others wait for the last.
-            waits = number < len(batches) - 1 and not self.optimizer.copies
-            with self.accelerator.no_sync(self.objective) if waits else nullcontext():
-                total += self._micro_step(batch, targets, len(batches))
-            self.optimizer.collect_gradients()
-        scale = cosine_with_warmup(step, self.plan.steps, self.config.warmup_fraction)
-        self.optimizer.step(scale, self.config.max_grad_norm)
+            inputs, first = runner.load(batch), number == 0
+            runner.run(shapes_of(batch), first, partial(self._micro_step, inputs, first, len(batches)))
+        self.optimizer.set_rate(cosine_with_warmup(step, self.plan.steps, self.config.warmup_fraction))
+        runner.run("update", None, partial(self.optimizer.step, self.config.max_grad_norm))
         for method in self.methods:
             method.after_step(step)
-        if self.accelerator.num_processes == 1:
-            return total
-        mean: Tensor = self.accelerator.reduce(total, reduction="mean")  # type: ignore[assignment]
+        self._wait_for_earlier_steps()
+        if processes == 1:
+            return self._loss.clone()
+        mean: Tensor = self.accelerator.reduce(self._loss, reduction="mean")  # type: ignore[assignment]
         return mean
 
-    def _micro_step(self, batch: dict[str, Tensor], targets: int, parts: int) -> Tensor:
-        """Forward and backward of one micro-batch; its share of the step's mean loss."""
-        mine = {
-            name: tensor[self.accelerator.process_index :: self.accelerator.num_processes]
-            for name, tensor in batch.items()
-        }
-        loss_sum, _ = self.objective(**to_device(mine, self.device))
-        # data-parallel gradients are averaged over processes, so each process scales its sum up by their number
-        loss = loss_sum * (self.accelerator.num_processes / targets)
-        share: Tensor = loss.detach()
+    def _runner(self, step: int) -> Runner:
+        regime = tuple(method.graph_key(step) for method in self.methods)
+        if self.graphs is None or any(key is None for key in regime):
+            return self._eager
+        self.graphs.enter(regime)
+        return self.graphs
+
+    def _micro_step(self, inputs: dict[str, Tensor], first: bool, parts: int) -> None:
+        """Forward and backward of one micro-batch; adds its share to the step's mean loss and gradients."""
+        loss_sum, _ = self.objective(**inputs)
+        loss = loss_sum * self._share
+        share = loss.detach()
+        if first:
+            self._loss.copy_(share)
+        else:
+            self._loss.add_(share)
         if self.taps is not None:
             for method in self.methods:
                 for term in method.loss_terms(self.taps).values():
                     loss = loss + term / parts
             self.taps.clear()
         self.accelerator.backward(loss)
-        return share
+        self.optimizer.collect_gradients(first=first)
+
+    def _wait_for_earlier_steps(self) -> None:
+        """Replays return at once: without a bound, progress and clocks would run minutes ahead of the GPU."""
+        if self.device.type != "cuda":
+            return
+        self._ends.append(torch.cuda.Event(blocking=True))
+        self._ends[-1].record()
+        if len(self._ends) > STEPS_AHEAD:
+            self._ends.popleft().synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that tensors took since torch's last reset of its peak; CUDA only."""
+        temporary = self.graphs.recorder.temporary_bytes if self.graphs is not None else 0
+        return max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + temporary)
 
     def run(self, start: int, stop: int, log: LossLog, on_step: Callable[[int], bool]) -> int:
         """Steps from `start` until `stop` or until `on_step` returns True; returns the next step."""
@@ -220,10 +251,3 @@ class Loop:
             if on_step(step):
                 return step + 1
         return stop
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a collated batch; from pinned memory to a GPU, so that the host runs ahead."""
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

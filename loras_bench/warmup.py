@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
 from loras_bench.build import Build
 from loras_bench.distributed import agreed
+from loras_bench.graphed import shapes_of
 from loras_bench.training import plan_batches
 
 SETTLED_STEPS = 10
@@ -23,7 +24,8 @@ CPU_STEPS = 3
 def warm_up(build: Build, say: Callable[[str], None]) -> int:
     """Real steps on a snapshot that is restored, until nothing compiles and the last ten step times agree to 5 %.
 
-    Each distinct batch shape of the plan runs at least once, so that none compiles inside `train`.
+    Each distinct batch shape of the plan runs at least once as the first and as a later part of a step, where it comes
+    as such, so that none is compiled or captured inside `train`.
 
     Returns:
         Number of steps taken.
@@ -59,22 +61,25 @@ def steady_steps(build: Build, seconds: float, say: Callable[[str], None]) -> in
         build.loop.step(step % build.plan.steps)
         tokens += build.data.real_tokens("train", build.plan.indices(step % build.plan.steps))
         step += 1
-        if step % 4 == 0:  # the host must not run ahead of the clock by more than a few steps
-            _synchronize(build)
-            say(f"steady, {time.monotonic() - started:.0f} of {seconds:.0f} s")
+        say(f"steady, {time.monotonic() - started:.0f} of {seconds:.0f} s")
     _synchronize(build)
     build.state.restore(snapshot)
     return tokens
 
 
-def _shapes(build: Build) -> dict[tuple[int, ...], int]:
-    """For each batch shape of the plan, a step that has it. Blocks of language modelling all have one shape."""
+def _shapes(build: Build) -> dict[Hashable, int]:
+    """For each batch shape of the plan, and place in a step that counts, a step that has it.
+
+    Blocks of language modelling all have one shape.
+    """
     if build.data.task == "language_modeling":
         return {(): 0}
-    found: dict[tuple[int, ...], int] = {}
+    found: dict[Hashable, int] = {}
+    processes = build.accelerator.num_processes
     for step in range(build.plan.steps):
-        for batch in plan_batches(build.data, build.plan, step):
-            found.setdefault((*batch["input_ids"].shape, "attention_mask" in batch), step)
+        for rank in range(processes):  # of all, so that all take the same steps
+            for number, batch in enumerate(plan_batches(build.data, build.plan, step, rank, processes)):
+                found.setdefault((shapes_of(batch), number == 0), step)
     return found
 
 

@@ -47,8 +47,9 @@ class Trained:
         for _ in range(number):
             loss = self.model(torch.ones(3, 4, dtype=self.dtype)).square().mean()
             loss.backward()
-            self.optimizer.collect_gradients()
-            self.optimizer.step(1.0, 1.0)
+            self.optimizer.collect_gradients(first=True)
+            self.optimizer.set_rate(1.0)
+            self.optimizer.step(1.0)
             for index, method in enumerate(self.methods):
                 method.count += index + 1
             losses.append(float(loss.detach()))

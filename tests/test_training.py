@@ -88,6 +88,17 @@ def test_micro_batches_are_the_step_in_order() -> None:
     assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), data.ids_ns[plan.indices(1)])
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_rows_of_each_micro_batch(processes: int) -> None:
+    data, plan = Rows(token_ids(14, 8)), StepPlan(14, 12, 6, 3, 0)
+    shares = [plan_batches(data, plan, 1, rank, processes) for rank in range(processes)]
+    for number, whole in enumerate(plan_batches(data, plan, 1)):
+        rows = [share[number]["input_ids"] for share in shares]
+        assert {len(part) for part in rows} == {6 // processes}
+        together = {tuple(row.tolist()) for part in rows for row in part}
+        assert together == {tuple(row.tolist()) for row in whole["input_ids"]}
+
+
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("labelled", [False, True], ids=["language", "classes"])
 def test_accumulated_micro_batches_equal_one_batch(micro: int, labelled: bool) -> None:

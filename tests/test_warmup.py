@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_graphs import Tape, cpu_graphs  # noqa: F401
 from torch import Tensor
 from training_fixtures import GPT2, LORA, MOODS, WINDOW, experiment
 
 from loras_bench import warmup
 from loras_bench.build import Build, build
+from loras_bench.graphed import Graphs
 from loras_bench.training import LossLog, plan_batches
 from loras_bench.warmup import CPU_STEPS, steady_steps, warm_up
 
@@ -79,6 +81,21 @@ def test_every_shape_of_a_batch_is_warmed_up(monkeypatch: pytest.MonkeyPatch) ->
     )
     warm_up(run, lambda phase: None)
     assert seen == shapes
+
+
+@pytest.mark.usefixtures("cpu_graphs")
+@pytest.mark.parametrize("arm", [{}, {"data": MOODS, "training": {"batch_size": 4, "micro_batch_size": 1}}])
+def test_nothing_is_captured_after_warm_up(arm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shape as the first and as a later part of a step; and the replayed run is the eager one."""
+    monkeypatch.setattr("loras_bench.data.classification.PADDING_MULTIPLE", 8)
+    run, eager = built(**arm), built(**arm)
+    run.loop.graphs = Graphs(run.loop.device)
+    warm_up(run, lambda phase: None)
+    recorded = Tape.recorded
+    assert recorded > (1 if not arm else 4)
+    losses = [[float(one.loop.step(step)) for step in range(one.plan.steps)] for one in (run, eager)]
+    assert losses[0] == losses[1]
+    assert Tape.recorded == recorded
 
 
 def test_warm_up_ends_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

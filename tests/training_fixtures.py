@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -21,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -29,6 +31,7 @@ from loras_bench.attention.dispatch import ModelAttention
 from loras_bench.catalog import DatasetSpec
 from loras_bench.config import Experiment, TrainingConfig
 from loras_bench.data import IGNORED, TaskData
+from loras_bench.data.packing import pack
 from loras_bench.data.sources import Source
 from loras_bench.methods.base import Method
 from loras_bench.models.objective import Objective
@@ -44,7 +47,7 @@ CPU = Device("cpu", "a CPU", False)
 
 
 def tiny(family: str, seed: int = 0, **options: Any) -> Any:
-    """A model of a family without dropout, in float32; `gpt2-classifier` for a decoder that classifies."""
+    """A model of a family without dropout, in float32; `gpt2-classifier` and `llama-classifier` classify."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_size": WIDTH}
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": PADDING}
@@ -60,9 +63,10 @@ def tiny(family: str, seed: int = 0, **options: Any) -> Any:
             dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
             kind = GPT2LMHeadModel if family == "gpt2" else GPT2ForSequenceClassification
             return kind(GPT2Config(**common, **(gpt2 | dropouts | options), num_labels=3))
-        case "llama":
+        case "llama" | "llama-classifier":
             llama = sizes | {"intermediate_size": INNER, "num_key_value_heads": 2}
-            return LlamaForCausalLM(LlamaConfig(**common, **(llama | options)))
+            made = LlamaForCausalLM if family == "llama" else LlamaForSequenceClassification
+            return made(LlamaConfig(**common, **(llama | options), num_labels=3))
         case "bert":
             return BertForSequenceClassification(BertConfig(**common, **(encoder | options)))
         case "roberta":
@@ -82,14 +86,21 @@ def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
 class Rows(TaskData):
     """Rows of tokens held in memory, the same for every split; with `labels` a classification task.
 
-    `lengths` are the real tokens of each row; the rest is padding.
+    `lengths` are the real tokens of each row; the rest is padding. With `packed` the rows of a batch are one.
     """
 
-    def __init__(self, ids_ns: Tensor, lengths: Sequence[int] | None = None, labels: Sequence[int] | None = None):
+    def __init__(
+        self,
+        ids_ns: Tensor,
+        lengths: Sequence[int] | None = None,
+        labels: Sequence[int] | None = None,
+        packed: bool = False,
+    ):
         self.task = "language_modeling" if labels is None else "classification"  # type: ignore[misc]
         spec = DatasetSpec("memory", self.task, label_names=() if labels is None else ("a", "b", "c"))
         super().__init__(Source(spec, "memory", {}, spec.label_names, "none"), ids_ns.shape[1], ())
         self.labels = labels
+        self.packed = packed
         self.lengths = np.asarray(lengths if lengths is not None else [ids_ns.shape[1]] * len(ids_ns))
         self.ids_ns = ids_ns.clone()
         self.ids_ns[torch.arange(ids_ns.shape[1]) >= torch.as_tensor(self.lengths)[:, None]] = PADDING
@@ -99,6 +110,12 @@ class Rows(TaskData):
 
     def collate(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         ids_bs, lengths_b = self.ids_ns[list(indices)], torch.as_tensor(self.lengths[list(indices)])
+        if self.packed:
+            assert self.labels is not None
+            row = pack(np.asarray(indices) * self.ids_ns.shape[1], self.lengths[list(indices)])
+            ids_1s = torch.where(torch.from_numpy(row.real_1s), self.ids_ns.flatten()[row.source_1s], PADDING)
+            facts = {name: torch.from_numpy(array) for name, array in row.inputs().items()}
+            return facts | {"input_ids": ids_1s, "targets": torch.tensor([self.labels[i] for i in indices])}
         if self.labels is not None:
             width = int(lengths_b.max())
             mask_bs = torch.arange(width) < lengths_b[:, None]
@@ -110,6 +127,9 @@ class Rows(TaskData):
 
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
         return int(self.lengths[list(indices)].sum())
+
+    def target_count(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
+        return self.real_tokens(split, indices) if self.labels is None else len(indices)
 
     def eval_order(self, split: str) -> np.ndarray:
         return np.argsort(self.lengths, kind="stable")
@@ -124,16 +144,21 @@ def make_loop(
     plan: StepPlan,
     methods: Sequence[Method[Any]] = (),
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    graphed: bool = False,
     **training: Any,
 ) -> Loop:
     """A loop as `build` makes it, around a model that is there already."""
     settings = {"tokens": 1, "tokens_per_step": 1, "learning_rate": 1e-2, "weight_decay": 0.0} | training
     config = TrainingConfig.model_validate(settings)
+    model.to(device)
     optimizer = MasterAdamW(model, [], config.learning_rate, config.weight_decay, config.betas, dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     objective = Objective(model, data.task, "torch").train()
-    return Loop(objective, optimizer, methods, data, plan, config, Accelerator(cpu=True), None)
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the first test's device would be everyone's
+    accelerator = Accelerator(cpu=device == "cpu")
+    return Loop(objective, optimizer, methods, data, plan, config, accelerator, None, graphed)
 
 
 def attended(family: str, **options: Any) -> Any:

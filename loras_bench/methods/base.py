@@ -3,6 +3,12 @@
 An experiment lists methods; `build_methods` sorts them by stage, lets each check the others, and the training loop then
 calls the same hooks of all of them. Everything here must survive composition, a captured step and a kill, so a
 hook writes device tensors or modules it owns and never global state.
+
+A captured step replays the addresses it recorded: tensors that the step reads or writes must stay the same tensors.
+`before_step`, `after_step` and `load_state_dict` change them in place (`copy_`, `fill_`). Whatever a method does in
+Python inside the step (`loss_terms`, forward passes of modules) happens while a graph is recorded and not in its
+replays, so a Python value that changes what is computed belongs in `graph_key`. Nothing in a step may read a value to
+the host.
 """
 
 from __future__ import annotations
@@ -96,7 +102,7 @@ class Method(ABC, Generic[C]):
         return model
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimizer groups for parameters that need settings of their own; the loop takes the rest."""
+        """Groups of `params`, and where they differ `lr` and `weight_decay`; the loop takes the rest."""
         return []
 
     def before_step(self, step: int) -> None:
