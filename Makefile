@@ -36,7 +36,6 @@ gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
 reference: $(STAMP)  ## the experiments of the committed results, on this machine's GPU
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu]" -c constraints.txt
 	$(BIN)/loras-bench run configs/full.yaml configs/full_s.yaml configs/lora.yaml configs/lora_s.yaml configs/lora_s_7.yaml --seeds $(SEEDS) --results reference-results
 	$(BIN)/loras-bench run configs/imdb/full.yaml configs/imdb/lora.yaml configs/imdb/lora_s.yaml --seeds $(SEEDS) --results reference-results
 

@@ -27,6 +27,9 @@ from loras_bench.training import Loop, StepPlan, plan_steps
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from loras_bench.models.fused import FusedForward
+    from loras_bench.models.fused_linears import FusedLinears
+
 
 @dataclass
 class Assembly:
@@ -57,6 +60,8 @@ class Build(Assembly):
     state: TrainingState
     loop: Loop
     accelerator: Accelerator
+    fused: FusedForward | FusedLinears | None
+    """Our forward pass in the place of transformers'; removed before the model is merged and saved."""
 
 
 def build_methods(experiment: Experiment, model_config: Any) -> list[Method[Any]]:
@@ -150,6 +155,7 @@ def build(experiment: Experiment, seed: int, device: str, pretrained: Path | Non
         )
     parts.model.to(accelerator.device)
     optimizer = _optimizer(experiment, parts)
+    fused = _fuse(parts.model) if experiment.model.implementation == "fused" else None
     prepared: Any = parts.objective
     if accelerator.num_processes > 1:
         prepared = accelerator.prepare(prepared)
@@ -164,9 +170,24 @@ def build(experiment: Experiment, seed: int, device: str, pretrained: Path | Non
         experiment.training,
         accelerator,
         parts.attention.taps,
+        graphed=bool(experiment.training.cuda_graph),
     )
     state = TrainingState(optimizer, parts.methods, accelerator.device)
-    return Build(**vars(parts), optimizer=optimizer, state=state, loop=loop, accelerator=accelerator)
+    return Build(**vars(parts), optimizer=optimizer, state=state, loop=loop, accelerator=accelerator, fused=fused)
+
+
+def _fuse(model: nn.Module) -> FusedForward | FusedLinears:
+    """The fused forward pass of the architecture; where it has none, fused LoRA layers."""
+    from loras_bench.models.fused_bert import FusedBert  # late: they need Triton
+    from loras_bench.models.fused_gpt2 import FusedGpt2
+    from loras_bench.models.fused_linears import FusedLinears
+    from loras_bench.models.fused_llama import FusedLlama
+
+    base = unwrapped(model).base_model
+    for kind in (FusedLlama, FusedBert, FusedGpt2):
+        if kind.why_not(base.config) is None:
+            return kind.install(base)
+    return FusedLinears(model)
 
 
 def _optimizer(experiment: Experiment, parts: Assembly) -> MasterAdamW:

@@ -30,6 +30,12 @@ class DataConfig(Section):
     """
     sequence_length: int = Field(gt=1)
     """Language modelling: length of the packed blocks. Classification: texts are truncated to this many tokens."""
+    packing: Literal["auto", "packed", "padded"] | None = "auto"
+    """Classification: `packed` lays the texts of a batch one after the other into one row and lets none see another;
+    `padded` lays them side by side. `auto` packs on CUDA with triton and `dense_attention: auto`, without
+    `training.compile` (each total of tokens would be compiled anew). Blocks of language modelling have no padding:
+    nothing is to be chosen, and runs record null.
+    """
     validation_rows: int | None = Field(default=None, ge=1)
     """Rows of the training set that are set aside for validation where the data set has no validation split: always
     the same rows.
@@ -70,6 +76,10 @@ class ModelConfig(Section):
     """For `init: scratch`: how the tokenizer is trained."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the forward and backward pass; master weights of trainable parameters stay float32."""
+    implementation: Literal["auto", "fused", "transformers"] = "auto"
+    """The forward pass: `fused` is ours (kernels/), for the parts of the model that have one; `auto` takes it on CUDA
+    with triton, without `training.compile`.
+    """
     dense_attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     """The kernel for dense attention; `auto` is cuDNN where it exists, which is the fastest on Hopper."""
 
@@ -103,12 +113,14 @@ class TrainingConfig(Section):
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly; a cosine to zero follows."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    loss: Literal["auto", "liger", "torch"] = "auto"
-    """Cross-entropy of language models: `liger` fuses it with the output layer; `auto` takes it on a GPU where it is
-    installed.
+    loss: Literal["auto", "fused", "torch"] = "auto"
+    """Cross-entropy of language models: `fused` never holds all logits; `auto` takes it on CUDA with triton, without
+    `training.compile`.
     """
     compile: bool = False
-    """torch.compile the model's layers."""
+    """torch.compile the model's layers, in the place of `model.implementation: fused`, `loss: fused`, `cuda_graph`."""
+    cuda_graph: bool | None = None
+    """Capture the step of each batch shape in a CUDA graph. Default: on CUDA, in one process, without `compile`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more FLOPs (counted)."""
     checkpoint_minutes: float = Field(default=5.0, gt=0)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from loras_bench.attention.backend import Backend
+from loras_bench.attention.counting import PairCounts
+from loras_bench.attention.dispatch import ModelAttention
 from loras_bench.build import Assembly
+from loras_bench.graphed import to_device
 from loras_bench.metering.flops import MatmulCounter
 from loras_bench.results.record import Flops
-from loras_bench.training import plan_batches, to_device
+from loras_bench.training import plan_batches
 
 
 @dataclass
 class _ShapeCost:
-    """What a batch of one padded shape costs: its matrix products, and by layer the FLOPs of one attention pair.
+    """What a batch of one shape costs: its matrix products, and by layer the FLOPs of one attention pair.
 
     `per_pair` is as the layer's backend computes it, `per_pair_fused` as a fused kernel would: the same for every
     backend, so that allowed and dense-equivalent FLOPs compare across arms.
@@ -32,28 +36,28 @@ class _ShapeCost:
 def count_training(run: Assembly, device: torch.device, processes: int = 1) -> tuple[Flops, int]:
     """FLOPs and tokens, padding included, of all steps of the plan; on the meta device nothing is computed.
 
-    The matrix products of a batch depend on its padded shape alone, so one forward and backward pass of each shape is
-    executed under the counter. Attention pairs are counted from each batch's own lengths.
+    The matrix products of a batch depend on its shape alone, fill included, so one forward and backward pass of each
+    shape is executed under the counter. Attention pairs are counted from each batch's own documents.
 
     Args:
         run: With all methods applied.
         device: Where its model is.
-        processes: Of the job; this one executes its share of a batch, and all shares cost the same.
+        processes: Of the job; each has its own batch of its share of the rows.
     """
-    costs: dict[tuple[int, ...], _ShapeCost] = {}
+    costs: dict[tuple[torch.Size, torch.Size], _ShapeCost] = {}
     linear = executed = allowed = dense = 0.0
     tokens = 0
     steps = 1 if run.data.task == "language_modeling" else run.plan.steps  # blocks all have one shape
     for step in range(steps):
-        for batch in plan_batches(run.data, run.plan, step):
-            shape = tuple(batch["input_ids"].shape)
+        ranks = (plan_batches(run.data, run.plan, step, rank, processes) for rank in range(processes))
+        for batch in chain.from_iterable(ranks):
+            shape = batch["input_ids"].shape, batch["targets"].shape
             tokens += batch["input_ids"].numel()
             if shape not in costs:
-                share = {name: tensor[: len(tensor) // processes] for name, tensor in batch.items()}
-                costs[shape] = _cost_of(run, share, device)
+                costs[shape] = _cost_of(run, batch, device)
             cost = costs[shape]
-            linear += cost.linear * processes
-            for layer, pairs in enumerate(run.attention.pair_counts(_lengths(batch), shape[1])):
+            linear += cost.linear
+            for layer, pairs in enumerate(_pairs(run.attention, batch)):
                 executed += cost.per_pair[layer] * pairs.executed
                 allowed += cost.per_pair_fused[layer] * pairs.allowed
                 dense += cost.per_pair_fused[layer] * pairs.dense
@@ -67,6 +71,16 @@ def count_training(run: Assembly, device: torch.device, processes: int = 1) -> t
         incomplete=sorted(unknown),
     )
     return flops, tokens * repeats
+
+
+def _pairs(attention: ModelAttention, batch: dict[str, Tensor]) -> list[PairCounts]:
+    """Attention pairs of one head in each layer."""
+    if "document_ids" in batch:
+        return attention.batch_pair_counts(batch)
+    mask_bs = batch.get("attention_mask")
+    rows, length = batch["input_ids"].shape
+    lengths = [length] * rows if mask_bs is None else [int(n) for n in mask_bs.sum(dim=1)]
+    return attention.pair_counts(lengths, length)
 
 
 def _cost_of(run: Assembly, batch: dict[str, Tensor], device: torch.device) -> _ShapeCost:
@@ -83,10 +97,3 @@ def _cost_of(run: Assembly, batch: dict[str, Tensor], device: torch.device) -> _
     if run.attention.taps is not None:
         run.attention.taps.clear()
     return _ShapeCost(counter.flops, dict(per_pair), dict(per_pair_fused), counter.unknown)
-
-
-def _lengths(batch: dict[str, Tensor]) -> list[int]:
-    """Real tokens of each row; without a mask every row is full."""
-    mask_bs = batch.get("attention_mask")
-    rows, length = batch["input_ids"].shape
-    return [length] * rows if mask_bs is None else [int(n) for n in mask_bs.sum(dim=1)]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from loras_bench.data import IGNORED
+from loras_bench.graphed import to_device
 from loras_bench.models.objective import Objective
-from loras_bench.training import to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -228,6 +228,8 @@ class Run:
 
     def _finish(self, run: Build) -> None:
         model = run.model
+        if run.fused is not None:
+            run.fused.remove()
         for method in run.methods:
             model = method.finish(model)
         if self.experiment.save and self.request.main_process:

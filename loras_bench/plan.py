@@ -21,7 +21,7 @@ from loras_bench.results.store import (
     run_folder,
 )
 
-KERNEL_VERSION = "1"
+KERNEL_VERSION = "2"
 """Raised when a change of our kernels or of the measuring makes older results incomparable."""
 CHECKPOINT_FILE = "checkpoint.json"
 
@@ -41,16 +41,54 @@ class PlannedRun:
 
 
 def resolve(experiment: Experiment, device: Device) -> Experiment:
-    """Replace `loss: auto` by what will run on this device; the hash of a run is taken after it."""
-    loss = experiment.training.loss
+    """Replace what is left to the device by what will run on it; the hash of a run is taken after it.
+
+    Raises:
+        ConfigError: Something was asked for that cannot run there, or not together.
+    """
+    data, model, training = experiment.data, experiment.model, experiment.training
+    cuda = device.kind == "cuda"
+    fuses, plain = cuda and device.triton, not training.compile
+    loss, implementation, packing = training.loss, model.implementation, data.packing
     if loss == "auto":
-        loss = "liger" if device.kind == "cuda" and device.liger else "torch"
-    if loss == "liger" and not (device.kind == "cuda" and device.liger):
-        message = f"{experiment.name}: training.loss `liger`:"
-        if device.kind != "cuda":
-            raise ConfigError(f"{message} it runs on CUDA only", "use `loss: auto`")
-        raise ConfigError(f"{message} liger-kernel is not installed", "pip install liger-kernel, or `loss: auto`")
-    return experiment.model_copy(update={"training": experiment.training.model_copy(update={"loss": loss})})
+        loss = "fused" if fuses and plain else "torch"
+    if implementation == "auto":
+        implementation = "fused" if fuses and plain else "transformers"
+    if training.batch_size is None:  # language modelling
+        packing = None if packing == "auto" else packing
+    elif packing in ("auto", None):
+        # other kernels of dense layers would need the mask of the whole packed row
+        packing = "packed" if fuses and plain and model.dense_attention == "auto" else "padded"
+    captured = training.cuda_graph
+    if captured is None:
+        captured = cuda and device.processes == 1 and plain
+    resolved = experiment.model_copy(
+        update={
+            "data": data.model_copy(update={"packing": packing}),
+            "model": model.model_copy(update={"implementation": implementation}),
+            "training": training.model_copy(update={"loss": loss, "cuda_graph": captured}),
+        }
+    )
+    _check(resolved, device)
+    return resolved
+
+
+def _check(experiment: Experiment, device: Device) -> None:
+    """Refuse what this device, or another choice of the same resolved experiment, rules out."""
+    training, packing = experiment.training, experiment.data.packing
+    on_cpu = "" if device.kind == "cuda" else "it runs on CUDA only"
+    bare = "" if device.triton else "triton is not installed"
+    compiled = "it does not go with training.compile" if training.compile else ""
+    shared = "" if device.processes == 1 else "a captured step cannot wait for other processes"
+    choices = (
+        ("training.loss `fused`", training.loss == "fused", on_cpu or bare or compiled),
+        ("model.implementation `fused`", experiment.model.implementation == "fused", on_cpu or bare or compiled),
+        ("training.cuda_graph", training.cuda_graph, on_cpu or compiled or shared),
+        (f"data.packing `{packing}`", packing and training.batch_size is None, "it is for classification"),
+    )
+    for choice, chosen, reason in choices:
+        if chosen and reason:
+            raise ConfigError(f"{experiment.name}: {choice}: {reason}", "leave the key out: the default fits")
 
 
 def run_id(experiment: Experiment, seed: int, device: Device) -> str:

@@ -65,7 +65,8 @@ class Ranks:
         if question != "look_at_device":
             return worker.QUESTIONS[question](*arguments)
         device: Device = worker.look_at_device(self.kind)
-        return replace(device, name=f"{self.processes} x {device.name}")  # never in one panel with a single GPU
+        name = f"{self.processes} x {device.name}"  # never in one panel with a single GPU
+        return replace(device, name=name, processes=self.processes)
 
     def run(self, request: RunRequest, progress: Progress) -> Outcome:
         """One run on all ranks.
@@ -75,7 +76,7 @@ class Ranks:
         """
         try:
             with claim_run(request):
-                return self._execute(agreed(replace(request, processes=self.processes)), progress.update)
+                return self._execute(agreed(request), progress.update)
         except RunLockedError as error:
             return Outcome(request.run_id, "skipped", error.message)
 

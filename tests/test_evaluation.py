@@ -127,6 +127,19 @@ def test_accuracy_by_hand(batch_size: int) -> None:
     assert metrics["loss"] == pytest.approx((3 * right + 2 * wrong) / 5, rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2-classifier"])
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_packed_rows_are_scored_as_padded_ones(family: str, batch_size: int) -> None:
+    ids_ns, lengths, labels = token_ids(7, 16), [16, 3, 9, 16, 5, 12, 1], [0, 1, 2, 1, 0, 2, 2]
+    objective = Objective(attended(family, initializer_range=0.2), "classification", "torch")
+    padded, packed = (
+        evaluate(objective, Rows(ids_ns, lengths, labels, packed), "test", batch_size, Accelerator(cpu=True))
+        for packed in (False, True)
+    )
+    assert packed == pytest.approx(padded, rel=1e-5)
+    assert padded["loss"] > 0.5
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_the_result_does_not_depend_on_the_batch_size(family: str) -> None:
     labels = None if family == "gpt2" else [0, 1, 2, 1, 0, 2, 2]

@@ -24,9 +24,9 @@ from loras_bench.requests import Device, RunRequest
 from loras_bench.results.record import Record
 from loras_bench.results.store import RunLockedError, write_record
 
-CPU = Device("cpu", "A CPU", liger=False)
-GPU = Device("cuda", "A GPU", liger=True)
-BARE_GPU = Device("cuda", "A GPU", liger=False)
+CPU = Device("cpu", "A CPU", triton=False)
+GPU = Device("cuda", "A GPU", triton=True)
+BARE_GPU = Device("cuda", "A GPU", triton=False)
 LORA = {"kind": "lora", "rank": 4}
 
 
@@ -64,15 +64,73 @@ def record_of(run, **changes):
 
 def test_auto_is_replaced_by_what_runs_on_the_device(experiment):
     resolved = [resolve(experiment(), device) for device in (CPU, GPU, BARE_GPU)]
-    assert [arm.training.loss for arm in resolved] == ["torch", "liger", "torch"]
-    assert resolve(resolved[0], CPU) == resolved[0]
-    assert len({run_id(arm, 0, GPU) for arm in resolved}) == 2  # the id is taken after it
+    assert [arm.training.loss for arm in resolved] == ["torch", "fused", "torch"]
+    assert [arm.model.implementation for arm in resolved] == ["transformers", "fused", "transformers"]
+    assert [arm.training.cuda_graph for arm in resolved] == [False, True, True]
+    for arm, device in zip(resolved, (CPU, GPU, BARE_GPU), strict=True):
+        assert resolve(arm, device) == arm
+    assert len({run_id(arm, 0, GPU) for arm in resolved}) == 3  # the id is taken after it
 
 
-@pytest.mark.parametrize(("device", "reason"), [(CPU, "CUDA only"), (BARE_GPU, "not installed")])
-def test_liger_where_it_cannot_run_is_refused(experiment, device, reason):
+def test_what_compile_and_several_processes_rule_out_is_not_chosen(experiment):
+    compiled = resolve(experiment("tiny", "training.compile=true"), GPU)
+    assert (compiled.model.implementation, compiled.training.cuda_graph) == ("transformers", False)
+    assert compiled.training.loss == "torch"
+    shared = resolve(experiment(), replace(GPU, processes=2))
+    assert (shared.model.implementation, shared.training.cuda_graph) == ("fused", False)
+    assert shared.training.loss == "fused"
+
+
+CLASSES = ("training.batch_size=8", "training.tokens_per_step=null")
+
+
+@pytest.mark.parametrize(("device", "packing"), [(CPU, "padded"), (GPU, "packed"), (BARE_GPU, "padded")])
+def test_texts_to_classify_are_packed_where_our_kernels_run(experiment, device, packing):
+    resolved = resolve(experiment("tiny", *CLASSES), device)
+    assert resolved.data.packing == packing
+    assert resolve(resolved, device) == resolved
+
+
+@pytest.mark.parametrize(
+    "override", ["training.compile=true", "model.dense_attention=cudnn", "model.dense_attention=math"]
+)
+def test_texts_are_not_packed_where_other_kernels_would_run(experiment, override):
+    """Other kernels of dense layers would need the mask of the whole packed row."""
+    assert resolve(experiment("tiny", *CLASSES, override), GPU).data.packing == "padded"
+
+
+@pytest.mark.parametrize("device", [CPU, GPU, BARE_GPU])
+def test_packing_is_a_choice_for_texts_to_classify_and_none_for_blocks(experiment, device):
+    assert resolve(experiment(), device).data.packing is None
+    for packing in ("packed", "padded"):
+        chosen = experiment("tiny", *CLASSES, f"data.packing={packing}")
+        assert resolve(chosen, device).data.packing == packing
+        with pytest.raises(ConfigError, match=f"data.packing `{packing}`: it is for classification"):
+            resolve(experiment("tiny", f"data.packing={packing}"), device)
+
+
+@pytest.mark.parametrize("choice", ["training.loss=fused", "model.implementation=fused"])
+@pytest.mark.parametrize(("device", "reason"), [(CPU, "CUDA only"), (BARE_GPU, "triton is not installed")])
+def test_fused_where_it_cannot_run_is_refused(experiment, choice, device, reason):
+    with pytest.raises(ConfigError, match=reason) as error:
+        resolve(experiment("tiny", choice), device)
+    assert choice.partition("=")[0] in error.value.message
+    assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "reason"),
+    [
+        (["training.cuda_graph=true"], CPU, "cuda_graph: it runs on CUDA only"),
+        (["training.cuda_graph=true"], replace(GPU, processes=2), "cuda_graph: .* other processes"),
+        (["training.cuda_graph=true", "training.compile=true"], GPU, "cuda_graph: .* training.compile"),
+        (["model.implementation=fused", "training.compile=true"], GPU, "implementation `fused`: .* training.compile"),
+        (["training.loss=fused", "training.compile=true"], GPU, "loss `fused`: .* training.compile"),
+    ],
+)
+def test_a_choice_that_another_rules_out_is_refused(experiment, overrides, device, reason):
     with pytest.raises(ConfigError, match=reason):
-        resolve(experiment("tiny", "training.loss=liger"), device)
+        resolve(experiment("tiny", *overrides), device)
 
 
 def test_the_id_changes_with_all_that_can_change_a_number_but_the_name(experiment):

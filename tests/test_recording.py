@@ -19,7 +19,7 @@ from loras_bench.requests import Device, RunRequest
 from loras_bench.results.record import Block, Flops, Record
 from loras_bench.training import LossLog, NonFiniteLossError
 
-GPU, CPU = Device("cuda", "A GPU", liger=False), Device("cpu", "A CPU", liger=False)
+GPU, CPU = Device("cuda", "A GPU", triton=False), Device("cpu", "A CPU", triton=False)
 WATTS = 600.0
 FLOPS = Flops(linear=1e12, attention_executed=3e11, attention_allowed=2e11, attention_dense=4e11)
 USUAL = (("setup", 3.0), ("warmup", 2.0), ("train", 12.0), ("eval", 1.5), ("finish", 0.5))

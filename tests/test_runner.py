@@ -20,7 +20,7 @@ from loras_bench.requests import Device
 from loras_bench.results.store import lock_run, run_folder
 from loras_bench.runner import WARMER_C, BlockRunner, Outcome, durations_of
 
-CPU = Device("cpu", "A CPU", liger=False)
+CPU = Device("cpu", "A CPU", triton=False)
 LORA = {"kind": "lora", "rank": 4}
 
 
@@ -300,7 +300,7 @@ def test_a_worker_that_dies_is_a_failed_run_and_the_others_go_on(fork_server, wr
 @real
 def test_a_run_that_another_process_holds_is_skipped(bench, write_config, tmp_path):
     config, results = write_config(), tmp_path / "results"
-    device = Device("cpu", cpu_name(), liger=False)
+    device = Device("cpu", cpu_name(), triton=False)
     (run,) = plan_blocks([load_experiment(config)], [0], results, device)[0]
     with lock_run(run.folder):
         called = bench(config)

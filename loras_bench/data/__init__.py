@@ -70,12 +70,18 @@ class TaskData(ABC):
             `input_ids` int64 (batch, length); `targets` int64, (batch, length) with -100 where nothing is predicted for
             language modelling, (batch,) for classification; `attention_mask` bool (batch, length), True on real
             tokens, only where the batch has padding that a model must not see; `token_type_ids` int64 (batch, length)
-            for pairs of texts under tokenizers that tell the two apart.
+            for pairs of texts under tokenizers that tell the two apart. Packed documents are one row: `input_ids` and
+            the like are (1, length), with `attention_mask` always, `document_ids` and `position_ids` int64 (1, length)
+            and `starts` and `ends` int64 (documents,), the places of each document's first and last token.
         """
 
     @abstractmethod
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
         """Tokens of these rows that a model trains on, padding excluded."""
+
+    @abstractmethod
+    def target_count(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
+        """Targets of these rows that a loss counts: predicted tokens, or rows for classification."""
 
     @abstractmethod
     def eval_order(self, split: str) -> np.ndarray:
@@ -92,7 +98,7 @@ def load_data(
     """Read and tokenise the data set of an experiment.
 
     Args:
-        config: The `data` section.
+        config: The `data` section, resolved for the device: where `packing` is left at `auto`, batches are padded.
         tokenizer: A fast tokenizer; it is not changed.
         splits: The splits to tokenise, of train, validation and test. What is set aside for validation leaves the
             training split whether or not validation is asked for.
@@ -105,8 +111,9 @@ def load_data(
     from loras_bench.data.language_modeling import PackedText
 
     source = read_source(config)
-    kind = PackedText if source.spec.task == "language_modeling" else LabelledTexts
-    return kind(source, tokenizer, config.sequence_length, splits)
+    if source.spec.task == "language_modeling":
+        return PackedText(source, tokenizer, config.sequence_length, splits)
+    return LabelledTexts(source, tokenizer, config.sequence_length, splits, packed=config.packing == "packed")
 
 
 def training_texts(config: DataConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Classification of texts and of pairs of texts: truncated rows, padded per batch."""
+"""Classification of texts and of pairs of texts: truncated rows, packed into one row or padded per batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loras_bench.catalog import Task
 from loras_bench.data import TaskData
+from loras_bench.data.packing import WIDTH_MULTIPLE, pack
 from loras_bench.data.sources import Source, Split
 from loras_bench.data.tokens import cached_arrays, encoder_of
 from loras_bench.errors import UserError
@@ -28,15 +29,22 @@ class LabelledTexts(TaskData):
     """Rows of at most `sequence_length` tokens, special tokens included; the end of longer texts is cut off.
 
     Of a pair, the longer text is cut. Tokenizers that add no special tokens cannot mark the border of a pair; its two
-    texts are then joined by a line end.
+    texts are then joined by a line end. A batch holds its rows side by side, padded on the right, or `packed` one after
+    the other.
     """
 
     task: ClassVar[Task] = "classification"
 
     def __init__(
-        self, source: Source, tokenizer: PreTrainedTokenizerBase, sequence_length: int, splits: Sequence[str]
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        splits: Sequence[str],
+        packed: bool = False,
     ) -> None:
         super().__init__(source, sequence_length, splits)
+        self._packed = packed
         if not isinstance(tokenizer.pad_token_id, int):
             raise UserError("the tokenizer has no padding token", "load it with loras_bench.models.load_tokenizer")
         self._padding = tokenizer.pad_token_id
@@ -61,25 +69,33 @@ class LabelledTexts(TaskData):
 
     def collate(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         rows, chosen_b = self._rows[split], np.asarray(indices, dtype=np.int64)
-        lengths_b1 = rows["lengths"][chosen_b][:, None]
-        rounded = -(-int(lengths_b1.max()) // PADDING_MULTIPLE) * PADDING_MULTIPLE
-        # Not past sequence_length: learned position embeddings may end there.
-        width = min(rounded, self.sequence_length)
-        columns_s = np.arange(width)
-        real_bs = columns_s < lengths_b1
-        positions_bs = np.where(real_bs, self._starts[split][chosen_b][:, None] + columns_s, 0)
-        batch = {
-            "input_ids": np.where(real_bs, rows["ids"][positions_bs], self._padding).astype(np.int64),
-            "targets": rows["labels"][chosen_b],
-        }
-        if not real_bs.all():
-            batch["attention_mask"] = real_bs
+        starts_b, lengths_b = self._starts[split][chosen_b], rows["lengths"][chosen_b]
+        batch = {"targets": rows["labels"][chosen_b]}
+        if self._packed:
+            row = pack(starts_b, lengths_b)
+            source_bs, real_bs = row.source_1s, row.real_1s
+            batch |= row.inputs()
+        else:
+            source_bs, real_bs = self._padded(starts_b, lengths_b)
+            batch |= {} if real_bs.all() else {"attention_mask": real_bs}
+        batch["input_ids"] = np.where(real_bs, rows["ids"][source_bs], self._padding).astype(np.int64)
         if self._segments:
-            batch["token_type_ids"] = np.where(real_bs, rows["segments"][positions_bs], 0).astype(np.int64)
+            batch["token_type_ids"] = np.where(real_bs, rows["segments"][source_bs], 0).astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _padded(self, starts_b: np.ndarray, lengths_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows side by side: which token each place reads, int64 (batch, length), and whether it is a real one."""
+        rounded = -(-int(lengths_b.max()) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+        # Not past sequence_length: learned position embeddings may end there.
+        columns_s = np.arange(min(rounded, self.sequence_length))
+        real_bs = columns_s < lengths_b[:, None]
+        return np.where(real_bs, starts_b[:, None] + columns_s, 0), real_bs
 
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
         return int(self._rows[split]["lengths"][np.asarray(indices, dtype=np.int64)].sum())
+
+    def target_count(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
+        return len(indices)
 
     def eval_order(self, split: str) -> np.ndarray:
         return np.argsort(self._rows[split]["lengths"], kind="stable")
@@ -96,7 +112,9 @@ class LabelledTexts(TaskData):
             "truncated_rows": truncated,
             "truncated_share": truncated / self.rows(split),
             "label_counts": dict(zip(self.label_names, counts.tolist(), strict=True)),
-            "padding": f"right, to the longest row of the batch, rounded up to a multiple of {PADDING_MULTIPLE}",
+            "padding": f"none: rows packed into one, its end filled up to a multiple of {WIDTH_MULTIPLE}"
+            if self._packed
+            else f"right, to the longest row of the batch, rounded up to a multiple of {PADDING_MULTIPLE}",
         }
 
 

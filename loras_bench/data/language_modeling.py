@@ -86,6 +86,9 @@ class PackedText(TaskData):
         starts = np.asarray(indices, dtype=np.int64) * self.sequence_length
         return int(np.clip(self._predicted(split) - starts, 0, self.sequence_length).sum())
 
+    def target_count(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
+        return self.real_tokens(split, indices)
+
     def eval_order(self, split: str) -> np.ndarray:
         return np.arange(self.rows(split), dtype=np.int64)
 

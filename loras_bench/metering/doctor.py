@@ -17,7 +17,6 @@ Status = Literal["ok", "warn", "missing"]
 
 EXTRAS = {
     "gguf": "pip install gguf",
-    "liger-kernel": "pip install liger-kernel",
     "codecarbon": "pip install codecarbon",
 }
 WHEELS = {
@@ -126,10 +125,7 @@ def _library_checks() -> list[Check]:
         importable("flex attention", "torch.nn.attention.flex_attention", "needs a newer torch"),
         importable("triton", "triton", "our fused kernels need it; the reference paths run without"),
     ]
-    extras = [_installed(name, command) for name, command in EXTRAS.items()]
-    if any(check.name == "liger-kernel" and check.status == "ok" for check in extras):
-        extras.append(importable("liger import", "liger_kernel.transformers", "reinstall liger-kernel"))
-    return checks + extras
+    return checks + [_installed(name, command) for name, command in EXTRAS.items()]
 
 
 def _installed(name: str, command: str) -> Check:

@@ -124,6 +124,8 @@ class Record(_Part):
     environment: dict[str, Any]
     attention: dict[str, Any] = Field(default_factory=dict)
     """Pattern and backend of each layer and why the backend was chosen."""
+    implementation: dict[str, Any] = Field(default_factory=dict)
+    """Whose forward pass ran, what of it is fused, what is not and why; whether steps were replayed as CUDA graphs."""
 
     total_parameters: int | None = None
     trainable_parameters: int | None = None

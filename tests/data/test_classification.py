@@ -15,11 +15,10 @@ from loras_bench.errors import UserError
 END, PAD = 0, 1  # the order in which our tokenizers name their special tokens
 
 
-def labelled(tokenizer, columns, labels, length) -> LabelledTexts:
+def labelled(tokenizer, columns, labels, length, packed=False) -> LabelledTexts:
     spec = DatasetSpec("mine", "classification", tuple(f"text{i}" for i in range(len(columns))), "label", ("no", "yes"))
-    return LabelledTexts(
-        Source(spec, "here", {"train": Split(columns, labels)}, ("no", "yes"), "none"), tokenizer, length, ["train"]
-    )
+    source = Source(spec, "here", {"train": Split(columns, labels)}, ("no", "yes"), "none")
+    return LabelledTexts(source, tokenizer, length, ["train"], packed)
 
 
 def test_rows_padding_and_truncation_by_hand(marking_tokenizer):
@@ -43,6 +42,7 @@ def test_rows_padding_and_truncation_by_hand(marking_tokenizer):
     assert full["input_ids"][:, -1].tolist() == [END, END]
 
     assert data.real_tokens("train", range(4)) == 4 + 102 + 128 + 128
+    assert data.target_count("train", [3, 0, 2]) == 3
     protocol = data.protocol("train")
     assert (protocol["rows"], protocol["truncated_rows"], protocol["truncated_share"]) == (4, 1, 0.25)
     assert protocol["label_counts"] == {"no": 2, "yes": 2}
@@ -52,6 +52,51 @@ def test_rows_padding_and_truncation_by_hand(marking_tokenizer):
 def test_padding_never_passes_the_sequence_length(marking_tokenizer):
     data = labelled(marking_tokenizer, (["a" * 80, "a"],), [0, 1], 100)
     assert data.collate("train", [0, 1])["input_ids"].shape == (2, 100)
+
+
+def test_rows_packed_by_hand(marking_tokenizer):
+    """With their two ends the rows have 4, 300 and 3 tokens."""
+    data = labelled(marking_tokenizer, (["ab", "x" * 400, "c"],), [0, 1, 1], 300, packed=True)
+    a, b, x, c = marking_tokenizer("abxc")["input_ids"][1:-1]
+    batch = data.collate("train", [2, 1, 0])
+    tokens = [END, c, END, END, *[x] * 298, END, END, a, b, END]
+    assert batch["input_ids"].tolist() == [tokens + [PAD] * (512 - 307)]
+    assert batch["attention_mask"].tolist() == [[True] * 307 + [False] * 205]
+    assert batch["document_ids"].tolist() == [[0] * 3 + [1] * 300 + [2] * 4 + [3] * 205]
+    assert batch["position_ids"].tolist() == [[*range(3), *range(300), *range(4)] + [0] * 205]
+    assert (batch["starts"].tolist(), batch["ends"].tolist()) == ([0, 3, 303], [2, 302, 306])
+    assert batch["targets"].tolist() == [1, 1, 0]
+    assert {name: tensor.dtype for name, tensor in batch.items() if tensor.dtype != torch.int64} == {
+        "attention_mask": torch.bool
+    }
+
+
+def test_a_packed_batch_has_the_same_parts_whether_or_not_it_fills_its_row(marking_tokenizer):
+    data = labelled(marking_tokenizer, (["a" * 126, "b" * 126, "c"],), [0, 1, 1], 128, packed=True)
+    full, filled = data.collate("train", [0, 1]), data.collate("train", [0, 2])
+    assert full["attention_mask"].all() and not filled["attention_mask"].all()
+    assert {name: tensor.shape for name, tensor in full.items()} == {
+        name: tensor.shape for name, tensor in filled.items()
+    }
+
+
+def test_the_protocol_says_how_batches_are_made(marking_tokenizer):
+    padded, packed = (
+        labelled(marking_tokenizer, (["a"],), [0], 8, packed).protocol("train") for packed in (False, True)
+    )
+    assert padded.pop("padding") == "right, to the longest row of the batch, rounded up to a multiple of 64"
+    assert packed.pop("padding") == "none: rows packed into one, its end filled up to a multiple of 256"
+    assert padded == packed
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded", "auto"])
+def test_the_config_decides_on_packing(marking_tokenizer, tmp_path, monkeypatch, packing):
+    monkeypatch.setenv("LORAS_BENCH_DATA", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "bb", "label": 1}\n')
+    config = DataConfig(name="mine", task="classification", label_field="label", sequence_length=8, packing=packing)
+    batch = load_data(config, marking_tokenizer, splits=["train"]).collate("train", [0, 1])
+    assert batch["input_ids"].shape == ((1, 256) if packing == "packed" else (2, 8))
 
 
 def test_evaluation_goes_from_short_to_long(marking_tokenizer):
@@ -66,6 +111,8 @@ def test_pairs_under_a_tokenizer_that_marks_them(marking_tokenizer):
     assert batch["input_ids"][0, :6].tolist() == [END, a, b, END, c, END]
     if "token_type_ids" in marking_tokenizer.model_input_names:
         assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1] + [0] * 58
+        packed = labelled(marking_tokenizer, (["ab", "a"], ["c", ""]), [1, 0], 64, packed=True).collate("train", [1, 0])
+        assert packed["token_type_ids"][0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 1, 1] + [0] * 246
 
 
 def test_pairs_are_joined_by_a_line_end_where_no_special_token_parts_them(byte_tokenizer):

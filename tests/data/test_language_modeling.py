@@ -39,7 +39,7 @@ def test_blocks_by_hand(byte_tokenizer):
     assert batch["targets"].tolist() == [[a, b, c, END], [d, e, IGNORED, IGNORED]]
     assert batch.keys() == {"input_ids", "targets"}
     assert [data.real_tokens("test", [row]) for row in (0, 1)] == [4, 2]
-    assert data.real_tokens("test", range(2)) == 6
+    assert data.real_tokens("test", range(2)) == data.target_count("test", range(2)) == 6
     assert data.eval_order("test").tolist() == [0, 1]
 
 
@@ -68,6 +68,7 @@ def test_every_token_is_an_input_once_and_a_target_once(byte_tokenizer, document
     assert batch["targets"][predicted].tolist() == stream[1:]
     assert batch["input_ids"][predicted].tolist() == stream[:-1]
     assert data.real_tokens("test", range(rows)) == int(predicted.sum()) == len(stream) - 1
+    assert [data.target_count("test", [row]) for row in range(rows)] == predicted.sum(1).tolist()
     assert predicted[:-1].all()  # only the last block is padded
     assert not (predicted[-1].int().diff() > 0).any()  # and at its right end
 

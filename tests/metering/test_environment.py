@@ -66,7 +66,7 @@ def test_the_doctor_finds_folders_and_packages(tmp_path, monkeypatch):
     assert checks["torch"].status == "ok"
     assert checks["LORAS_BENCH_DATA"].value == f"{tmp_path}: 1 entries"
     assert checks["LORAS_BENCH_MODELS"].status == "missing"
-    assert {"cuda", "rapl", "flex attention", "triton", "gguf", "liger-kernel", "codecarbon"} <= checks.keys()
+    assert {"cuda", "rapl", "flex attention", "triton", "gguf", "codecarbon"} <= checks.keys()
     for check in checks.values():
         assert check.status in ("ok", "warn", "missing")
         assert check.value
