@@ -144,6 +144,35 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 @app.command()
+def kernels(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHAPE",
+            help="Batch x heads x length x head dim, such as 2x16x8192x64 or, with 3 key heads, 4x9/3x8192x64.",
+            show_default="2x16x8192x64 2x16x8192x128",
+        ),
+    ] = None,
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Such as dense, window:512+64 (64 global tokens), bigbird or {kind: strided, stride: 128}.",
+            show_default="window:512+64 window:256,bidirectional",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Loop of each backend for joules; 0 leaves them out.")] = 2.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write everything there.")
+    ] = None,
+) -> None:
+    """Compare attention kernels on this GPU: ours, FlexAttention, cuDNN, SDPA, Longformer's chunks."""
+    from loras_bench.commands.kernels import PATTERNS, SHAPES, compare_kernels
+
+    raise typer.Exit(compare_kernels(shapes or SHAPES, patterns or PATTERNS, seconds, json_file))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of an experiment's YAML, for editors."""
     from loras_bench.config import Experiment

@@ -1,0 +1,155 @@
+"""What `peers.py` compares: models by their sizes, and arms by what they are made of. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loras_bench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama model with random weights, and the batches that it trains on."""
+
+    name: str
+    model: str
+    """Whose sizes these are."""
+    length: int
+    rows: int
+    """Rows of a forward pass; one forward pass a step."""
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    inner: int
+    vocabulary: int
+    tied: bool
+    checkpointing: bool = False
+    """Gradient checkpointing, where 80 GB do not hold the activations of PEFT's own LoRA; then for all arms alike."""
+    full: bool = True
+    """Whether full fine-tuning fits."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.length * self.rows
+
+    def llama(self) -> dict[str, Any]:
+        """Arguments of transformers' `LlamaConfig`."""
+        return {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "intermediate_size": self.inner,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": self.length,
+            "use_cache": False,
+        }
+
+
+_135M = Shape("135m-8k", "SmolLM2-135M", 8192, 4, 576, 30, 9, 3, 1536, 49152, True)
+_1B = Shape("1b-4k", "Llama-3.2-1B", 4096, 2, 2048, 16, 32, 8, 8192, 128256, True)
+_8B = Shape("8b-2k", "Llama-3-8B", 2048, 2, 4096, 32, 32, 8, 14336, 128256, False, full=False)
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        replace(_135M, name="135m-1k", length=1024, rows=32),
+        _135M,
+        replace(_135M, name="135m-32k", length=32768, rows=1),
+        _1B,
+        replace(_1B, name="1b-16k", length=16384, rows=1, checkpointing=True),
+        _8B,
+        replace(_8B, name="8b-8k", length=8192, rows=1, checkpointing=True),
+    )
+}
+TINY = Shape("tiny", "a toy", 64, 2, 128, 2, 4, 2, 192, 64, True)
+"""For tests."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the model; what is not ours is transformers and PEFT."""
+
+    name: str
+    lora: bool
+    ours: bool = False
+    sparse: bool = False
+    """Window of 512 keys with 64 global tokens."""
+    bf16_adapters: bool = False
+    """Adapters in the model's number format; PEFT's default is float32."""
+    cudnn: bool = False
+    """SDPA takes cuDNN first; torch's default on Hopper is FlashAttention-2."""
+    liger: bool = False
+    compile_mode: str | None = None
+    """A mode of `torch.compile`; None leaves the model eager."""
+
+    @property
+    def group(self) -> str:
+        """Candidates of one group compete; the best of them is measured in full."""
+        return self.name.partition("/")[0]
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether the arm is compared at this shape."""
+        return self.lora or shape.full
+
+
+def _candidates(group: str, lora: bool) -> list[Arm]:
+    plain = Arm("cudnn", lora, bf16_adapters=lora, cudnn=True)
+    fused = replace(plain, liger=True)
+    arms = {
+        "cudnn": plain,
+        "liger": fused,
+        "compile": replace(plain, compile_mode="default"),
+        "liger+compile": replace(fused, compile_mode="default"),
+        "liger+compile-max-autotune": replace(fused, compile_mode="max-autotune-no-cudagraphs"),
+        "liger+compile-cudagraphs": replace(fused, compile_mode="reduce-overhead"),
+    }
+    return [replace(arm, name=f"{group}/{name}") for name, arm in arms.items()]
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("full", lora=False),
+        Arm("lora", lora=True),
+        Arm("ours_full", lora=False, ours=True),
+        Arm("ours_lora", lora=True, ours=True),
+        Arm("ours_lora_s", lora=True, ours=True, sparse=True),
+        *_candidates("peer_full", lora=False),
+        *_candidates("peer_lora", lora=True),
+    )
+}
+
+
+def choose_shapes(names: Sequence[str]) -> list[Shape]:
+    """The shapes of these names.
+
+    Raises:
+        UserError: There is no such shape.
+    """
+    known = SHAPES | {TINY.name: TINY}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--shapes: there is no `{name}`", f"one of {', '.join(SHAPES)}")
+    return [known[name] for name in names]
+
+
+def choose_arms(names: Sequence[str]) -> list[Arm]:
+    """The arms of these names, in their order; the name of a group stands for all its candidates.
+
+    Raises:
+        UserError: There is no such arm.
+    """
+    chosen: dict[str, Arm] = {}
+    for name in names:
+        found = {arm.name: arm for arm in ARMS.values() if name in (arm.name, arm.group)}
+        if not found:
+            groups = list(dict.fromkeys(arm.group for arm in ARMS.values()))
+            raise UserError(
+                f"--arms: there is no `{name}`", f"one of {', '.join(groups)}, or {list(ARMS)[-1]} and such"
+            )
+        chosen |= found
+    return list(chosen.values())

@@ -1,0 +1,1 @@
+"""The benchmark of attention kernels behind `loras-bench kernels`."""
