@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loras_bench.attention.dense import KERNELS
-from loras_bench.build import build
+from loras_bench.build import Ingredients, build
 from loras_bench.config import Experiment
 from loras_bench.data import TaskData
 from loras_bench.models.loading import LoadedModel
@@ -153,8 +152,7 @@ def _ours(arm: Arm, shape: Shape, device: torch.device) -> Trainer:
     experiment = resolve(_experiment(arm, shape), look_at_device(device.type))
     model: Any = random_model(shape, device)
     loaded = LoadedModel(model=model, label=shape.model, causal=True, origin={}, max_positions=None, dropout={})
-    with patch("loras_bench.build._load", lambda *_: (RandomTokens(shape), None, loaded, 0.0)):
-        run = build(experiment, SEED, device.type, None, lambda phase: None)
+    run = build(experiment, SEED, device.type, Ingredients(RandomTokens(shape), None, loaded, 0.0))
     facts = {
         "implementation": experiment.model.implementation,
         "loss": experiment.training.loss,

@@ -1,8 +1,8 @@
-"""From a resolved experiment to everything its training needs: tokenizer, data, model with methods, optimizer, loop."""
+"""From a resolved experiment to what its training needs: read data and model, assemble the methods, build the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,19 +32,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Assembly:
-    """Data and a model with all methods applied, on the CPU in float32: enough to count, not yet to train."""
+class Ingredients:
+    """Data and model as they were read."""
 
     data: TaskData
     tokenizer: Any
     loaded: LoadedModel
+    chain_energy_j: float | None
+    """Joules of the runs that this one goes on from; None where they are unknown, 0 where there are none."""
+
+
+@dataclass
+class Assembly(Ingredients):
+    """With all methods applied, on the CPU in float32: enough to count, not yet to train."""
+
     model: nn.Module
     objective: Objective
     attention: ModelAttention
     methods: list[Method[Any]]
     plan: StepPlan
-    chain_energy_j: float | None
-    """Joules of the runs that this one goes on from; None where they are unknown, 0 where there are none."""
 
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters and the trained ones; tied weights count once."""
@@ -76,18 +82,42 @@ def build_methods(experiment: Experiment, model_config: Any) -> list[Method[Any]
     return methods
 
 
-def assemble(experiment: Experiment, seed: int, device: torch.device, pretrained: Path | None = None) -> Assembly:
-    """Read data and model, apply the methods.
+def read(experiment: Experiment, seed: int, pretrained: Path | None = None) -> Ingredients:
+    """Tokenizer, data and model; from the catalog, from another run, or from scratch.
 
     Args:
         experiment: Resolved for the device.
-        seed: Of the head, the adapters and the order of the data.
-        device: Where the run will be; nothing is put there yet.
+        seed: Of a classification head that the model lacks.
         pretrained: The run that `pretrain:` made, for models from scratch.
+    """
+    config = experiment.model
+    origin = pretrained or (Path(config.run) if config.run else None)
+    previous = open_run(origin) if origin else None
+    # A dry run may come before its pretraining: the tokenizer is trained on what pretraining will read.
+    texts_of = (experiment.pretrain or experiment).data
+    tokenizer = previous.tokenizer if previous else load_tokenizer(config, lambda: training_texts(texts_of))
+    splits: Sequence[str] = ("train", *experiment.evaluation.splits)
+    if experiment.evaluation.every_tokens is not None and "validation" not in splits:
+        splits = (*splits, "validation")
+    data = load_data(experiment.data, tokenizer, splits=splits)
+    if previous:
+        return Ingredients(data, tokenizer, previous.load(data, seed), previous.chain_energy_j)
+    loaded = load_model(config, task=data.task, tokenizer=tokenizer, num_labels=data.num_labels, seed=seed)
+    return Ingredients(data, tokenizer, loaded, 0.0)
+
+
+def assemble(experiment: Experiment, seed: int, device: torch.device, ingredients: Ingredients) -> Assembly:
+    """Apply the methods.
+
+    Args:
+        experiment: Resolved for the device.
+        seed: Of the adapters and the order of the data.
+        device: Where the run will be; nothing is put there yet.
+        ingredients: The model in them is changed.
     """
     from accelerate.utils import set_seed
 
-    data, tokenizer, loaded, chain_energy_j = _load(experiment, seed, pretrained)
+    data, loaded = ingredients.data, ingredients.loaded
     if loaded.max_positions is not None and experiment.data.sequence_length > loaded.max_positions:
         raise ConfigError(
             f"data.sequence_length {experiment.data.sequence_length} is longer than {loaded.label} can read",
@@ -110,44 +140,24 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, pretrained
         attention.taps = Taps()
     plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
     objective = Objective(model, data.task, experiment.training.loss).train()  # type: ignore[arg-type]
-    return Assembly(data, tokenizer, loaded, model, objective, attention, methods, plan, chain_energy_j)
+    return Assembly(
+        **vars(ingredients), model=model, objective=objective, attention=attention, methods=methods, plan=plan
+    )
 
 
-def _load(
-    experiment: Experiment, seed: int, pretrained: Path | None
-) -> tuple[TaskData, Any, LoadedModel, float | None]:
-    """Tokenizer, data and model; from the catalog, from another run, or from scratch."""
-    config = experiment.model
-    origin = pretrained or (Path(config.run) if config.run else None)
-    previous = open_run(origin) if origin else None
-    # A dry run may come before its pretraining: the tokenizer is trained on what pretraining will read.
-    texts_of = (experiment.pretrain or experiment).data
-    tokenizer = previous.tokenizer if previous else load_tokenizer(config, lambda: training_texts(texts_of))
-    splits: Sequence[str] = ("train", *experiment.evaluation.splits)
-    if experiment.evaluation.every_tokens is not None and "validation" not in splits:
-        splits = (*splits, "validation")
-    data = load_data(experiment.data, tokenizer, splits=splits)
-    if previous:
-        return data, tokenizer, previous.load(data, seed), previous.chain_energy_j
-    loaded = load_model(config, task=data.task, tokenizer=tokenizer, num_labels=data.num_labels, seed=seed)
-    return data, tokenizer, loaded, 0.0
-
-
-def build(experiment: Experiment, seed: int, device: str, pretrained: Path | None, say: Callable[[str], None]) -> Build:
+def build(experiment: Experiment, seed: int, device: str, ingredients: Ingredients) -> Build:
     """Assemble a run and put it on its device with its optimizer.
 
     Args:
         experiment: Resolved for the device.
-        seed: Of the head, the adapters and the order of the data.
+        seed: Of the adapters and the order of the data.
         device: `cuda` or `cpu`.
-        pretrained: The run that `pretrain:` made, for models from scratch.
-        say: Told what is being done.
+        ingredients: The model in them is changed.
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")  # not what the launcher's defaults say
-    say("loading data and model")
-    parts = assemble(experiment, seed, accelerator.device, pretrained)
+    parts = assemble(experiment, seed, accelerator.device, ingredients)
     if parts.plan.micro_rows % accelerator.num_processes:
         rows, processes = parts.plan.micro_rows, accelerator.num_processes
         raise ConfigError(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loras_bench.attention.patterns import Dense
-from loras_bench.build import Build, build
+from loras_bench.build import Build, build, read
 from loras_bench.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from loras_bench.counting import count_training
 from loras_bench.distributed import agreed
@@ -94,7 +94,9 @@ class Run:
     def _run(self, checkpoint: tuple[dict[str, Any], dict[str, torch.Tensor]] | None) -> None:
         with self.meter.phase("setup"):
             request = self.request
-            run = build(self.experiment, request.seed, request.device.kind, request.pretrained, self._say)
+            self._say("loading data and model")
+            ingredients = read(self.experiment, request.seed, request.pretrained)
+            run = build(self.experiment, request.seed, request.device.kind, ingredients)
             self._say("counting FLOPs")
             self.done.built(run, *count_training(run, run.accelerator.device, request.processes))
         self._idle_and_cool()

@@ -19,7 +19,7 @@ import torch
 import transformers
 import transformers.modeling_utils
 
-from loras_bench.build import assemble
+from loras_bench.build import assemble, read
 from loras_bench.config import Experiment
 from loras_bench.counting import count_training
 from loras_bench.errors import UserError
@@ -51,7 +51,7 @@ def facts_of(experiment: Experiment, seed: int, device: Device, pretrained: Path
     training = experiment.training.model_copy(update={"loss": "torch", "cuda_graph": False})
     model = experiment.model.model_copy(update={"implementation": "transformers"})
     plain = experiment.model_copy(update={"training": training, "model": model})
-    run = assemble(plain, seed, torch.device(device.kind), pretrained)
+    run = assemble(plain, seed, torch.device(device.kind), read(plain, seed, pretrained))
     total, trainable = run.parameter_counts()
     run.objective.to("meta")
     flops, _ = count_training(run, torch.device("meta"), device.processes)

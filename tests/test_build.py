@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_fixtures import GPT2, LORA, MOODS, NOTES, WINDOW, digests, experiment
+from training_fixtures import GPT2, LORA, MOODS, NOTES, WINDOW, assemble_run, build_run, digests, experiment
 
-from loras_bench.build import Build, assemble, build, build_methods
+from loras_bench.build import Build, build_methods
 from loras_bench.errors import ConfigError
 from loras_bench.training import plan_batches
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def built(seed: int = 0, **sections: Any) -> Build:
-    return build(experiment(**sections), seed, "cpu", None, lambda phase: None)
+    return build_run(experiment(**sections), seed)
 
 
 def weights(run: Any) -> dict[str, str]:
@@ -28,13 +28,13 @@ def weights(run: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("methods", [[LORA, WINDOW], [WINDOW, LORA]])
 def test_methods_are_prepared_in_stage_order(methods: list[Any]) -> None:
-    run = assemble(experiment(methods=methods), 0, CPU)
+    run = assemble_run(experiment(methods=methods), 0)
     assert [method.config.kind for method in run.methods] == ["lora", "sparse_attention"]
     assert [pattern.kind for pattern in run.attention.patterns] == ["window", "window"]
 
 
 def test_methods_are_checked_against_each_other_and_the_model() -> None:
-    config = assemble(experiment(), 0, CPU).model.config
+    config = assemble_run(experiment(), 0).model.config
     with pytest.raises(ConfigError, match="`lora` is listed twice"):
         build_methods(experiment(methods=[LORA, LORA | {"rank": 2}]), config)
     with pytest.raises(ConfigError, match="causal"):
@@ -42,7 +42,7 @@ def test_methods_are_checked_against_each_other_and_the_model() -> None:
 
 
 def test_parameters_are_counted_with_tied_weights_once() -> None:
-    full, lora = (assemble(experiment(methods=methods), 0, CPU) for methods in ([], [LORA]))
+    full, lora = (assemble_run(experiment(methods=methods), 0) for methods in ([], [LORA]))
     total, trained = full.parameter_counts()
     assert total == trained == sum({p.data_ptr(): p.numel() for p in full.model.parameters()}.values())
     adapters = 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
@@ -50,7 +50,7 @@ def test_parameters_are_counted_with_tied_weights_once() -> None:
 
 
 def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
-    one, again, other = (assemble(experiment(methods=[LORA]), seed, CPU) for seed in (0, 0, 1))
+    one, again, other = (assemble_run(experiment(methods=[LORA]), seed) for seed in (0, 0, 1))
     assert weights(one) == weights(again)
     base = {name for name in weights(one) if "lora_B" not in name}  # B starts at zero, norms at one
     changed = {name for name in base if weights(one)[name] != weights(other)[name]}
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
 
 
 def test_arms_of_one_seed_start_from_the_same_base_and_see_the_same_rows() -> None:
-    full, lora, lora_s = (assemble(experiment(methods=methods), 3, CPU) for methods in ([], [LORA], [LORA, WINDOW]))
+    full, lora, lora_s = (assemble_run(experiment(methods=methods), 3) for methods in ([], [LORA], [LORA, WINDOW]))
     assert [full.plan.indices(s) for s in range(4)] == [lora_s.plan.indices(s) for s in range(4)]
     start = sorted(weights(full).values())
     assert weights(lora) == weights(lora_s)
@@ -70,7 +70,7 @@ def test_masters_are_exact_and_buffers_keep_their_precision() -> None:
         "architecture": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
                          "intermediate_size": 48, "num_key_value_heads": 2}
     }  # fmt: skip
-    exact = assemble(experiment(model=model), 0, CPU)
+    exact = assemble_run(experiment(model=model), 0)
     run = built(model=model)
     assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
     assert run.model.model.rotary_emb.inv_freq.dtype is torch.float32

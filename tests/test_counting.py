@@ -17,10 +17,12 @@ from training_fixtures import (
     NOTES,
     WIDTH,
     WINDOW,
+    assemble_run,
+    build_run,
     experiment,
 )
 
-from loras_bench.build import Assembly, assemble, build
+from loras_bench.build import Assembly
 from loras_bench.counting import count_training
 from loras_bench.metering.flops import MatmulCounter
 from loras_bench.training import plan_batches
@@ -44,7 +46,7 @@ BLOCKS = 3 * 4
 
 
 def assembled(**sections: Any) -> Assembly:
-    return assemble(experiment(**sections), 0, torch.device("cpu"))
+    return assemble_run(experiment(**sections))
 
 
 def window_pairs(length: int, window: int, prefix: int) -> int:
@@ -57,7 +59,7 @@ def test_a_dry_run_counts_what_the_run_counts(arm: str) -> None:
     """The dry run holds no weights on a device; the run counts on its own device, in its own number format."""
     made = experiment(**ARMS[arm])
     facts = facts_of(made, 0, CPU, None)
-    run = build(made, 0, "cpu", None, lambda phase: None)
+    run = build_run(made)
     flops, tokens = count_training(run, torch.device("cpu"))
     total, trainable = run.parameter_counts()
     assert facts == {

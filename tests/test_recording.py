@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metering.scripted_source import FakeClock, ScriptedCpu, ScriptedGpu
 from tiny_experiment import TINY, TINY_STEPS
+from training_fixtures import build_run
 
 from loras_bench import recording
-from loras_bench.build import build
 from loras_bench.config import Experiment
 from loras_bench.errors import ConfigError
 from loras_bench.metering.meter import Meter
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     """A real build of the tiny experiment; its steps are not taken here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return build(EXPERIMENT, 0, "cpu", None, lambda phase: None)
+        return build_run(EXPERIMENT)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 import torch
 from cpu_graphs import Tape, cpu_graphs  # noqa: F401
 from torch import Tensor
-from training_fixtures import GPT2, LORA, MOODS, WINDOW, experiment
+from training_fixtures import GPT2, LORA, MOODS, WINDOW, build_run, experiment
 
 from loras_bench import warmup
-from loras_bench.build import Build, build
+from loras_bench.build import Build
 from loras_bench.graphed import Graphs
 from loras_bench.training import LossLog, plan_batches
 from loras_bench.warmup import CPU_STEPS, steady_steps, warm_up
@@ -24,7 +24,7 @@ DROPOUT = GPT2 | {"architecture": GPT2["architecture"] | {"resid_pdrop": 0.1, "e
 
 
 def built(**sections: Any) -> Build:
-    return build(experiment(**sections), 0, "cpu", None, lambda phase: None)
+    return build_run(experiment(**sections))
 
 
 def state(run: Build) -> dict[str, Tensor]:

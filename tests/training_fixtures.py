@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from loras_bench.attention.dispatch import ModelAttention
+from loras_bench.build import Assembly, Build, assemble, build, read
 from loras_bench.catalog import DatasetSpec
 from loras_bench.config import Experiment, TrainingConfig
 from loras_bench.data import IGNORED, TaskData
@@ -237,6 +238,16 @@ def experiment(name: str = "arm", **sections: Any) -> Experiment:
         "energy": {"steady_seconds": 0, "idle_seconds": 0},
     }
     return Experiment.model_validate(content | sections)
+
+
+def assemble_run(made: Experiment, seed: int = 0) -> Assembly:
+    """A run with its methods applied."""
+    return assemble(made, seed, torch.device("cpu"), read(made, seed))
+
+
+def build_run(made: Experiment, seed: int = 0) -> Build:
+    """A run that is ready to step."""
+    return build(made, seed, "cpu", read(made, seed))
 
 
 def request(arm: Experiment, results: Path, seed: int = 0, **fields: Any) -> RunRequest:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from training_fixtures import GPT2, HALF_WINDOW, LORA, MOODS, NOTES, WINDOW, digests, experiment
+from training_fixtures import GPT2, HALF_WINDOW, LORA, MOODS, NOTES, WINDOW, build_run, digests, experiment
 
-from loras_bench.build import Build, build
+from loras_bench.build import Build
 from loras_bench.errors import ConfigError
 from loras_bench.evaluation import evaluate
 from loras_bench.methods import METHODS
@@ -36,7 +36,7 @@ def config_of(kind: str, family: str) -> dict[str, Any]:
 
 def built(family: str, *methods: dict[str, Any], **sections: Any) -> Build:
     made = experiment(**MODELS[family], methods=list(methods), **sections)
-    return build(made, 0, "cpu", None, lambda phase: None)
+    return build_run(made)
 
 
 def matrix() -> dict[tuple[str, str], str]:
@@ -138,7 +138,7 @@ def test_compositions_bear_the_switches_of_training(family: str, extra: dict[str
 
 def test_the_composition_trains_in_bfloat16_too() -> None:
     made = experiment(data=NOTES, model=LLAMA | {"dtype": "bfloat16"}, methods=[LORA, WINDOW])
-    run = build(made, 0, "cpu", None, lambda phase: None)
+    run = build_run(made)
     exact = built("llama", LORA, WINDOW)
     for step in range(4):
         assert float(run.loop.step(step)) == pytest.approx(float(exact.loop.step(step)), rel=0.02)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from fused_checks import assert_same, check_removal, checkpointed, found_borders, outcome, prepared, text_batch
 from torch import nn
-from training_fixtures import GPT2, NOTES, Rows, attended, experiment, make_loop, token_ids
+from training_fixtures import GPT2, NOTES, Rows, attended, build_run, experiment, make_loop, token_ids
 
 pytest.importorskip("triton")
 from loras_bench.attention.patterns import Window
-from loras_bench.build import build
 from loras_bench.errors import UserError
 from loras_bench.models.fused_gpt2 import FusedGpt2
 from loras_bench.models.objective import unwrapped
@@ -172,7 +171,7 @@ def test_removed_it_leaves_a_model_that_peft_saves_and_merges(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("places")
 def test_a_run_takes_it() -> None:
-    run = build(experiment(data=NOTES, model=GPT2 | {"implementation": "fused"}), 0, "cpu", None, lambda phase: None)
+    run = build_run(experiment(data=NOTES, model=GPT2 | {"implementation": "fused"}), 0)
     assert run.fused is not None
     assert run.fused.describe() == {"forward": "FusedGpt2", "fused_groups": 8, "separate_groups": {}}
 

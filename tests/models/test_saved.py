@@ -12,10 +12,20 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from training_fixtures import LORA, MOODS, NOTES, WINDOW, experiment, request, set_places, token_ids
+from training_fixtures import (
+    LORA,
+    MOODS,
+    NOTES,
+    WINDOW,
+    assemble_run,
+    build_run,
+    experiment,
+    request,
+    set_places,
+    token_ids,
+)
 from transformers import AutoModelForCausalLM
 
-from loras_bench.build import assemble, build
 from loras_bench.errors import ConfigError
 from loras_bench.experiment import Run
 from loras_bench.metering.sources import NullSource, Reading
@@ -92,7 +102,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def going_on(folder: Path, **sections: Any) -> Any:
-    return assemble(experiment("next", model={"run": str(folder)}, **sections), 5, CPU)
+    return assemble_run(experiment("next", model={"run": str(folder)}, **sections), 5)
 
 
 def test_a_run_leaves_safetensors_and_its_tokenizer(full: Any, adapter: Any) -> None:
@@ -138,7 +148,7 @@ def test_adapters_on_a_model_from_scratch_find_its_random_weights(results: Path)
     """The weights depend on the seed of that run, not on the seed of the run that goes on."""
     made = experiment("scratch", methods=[LORA])
     asked = request(made, results, 4)
-    trained = build(made, 4, "cpu", None, lambda phase: None)
+    trained = build_run(made, 4)
     for step in range(3):
         trained.loop.step(step)
     record = Run(asked, lambda event: None).execute()
