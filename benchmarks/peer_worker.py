@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,18 +16,17 @@ import torch
 from peer_arms import Arm, Shape
 from peer_steps import Trainer, attention_kernels, make_trainer
 
+from loras_bench.experiment import HOST_THREADS
 from loras_bench.interrupts import raise_once
 from loras_bench.metering.clock import SystemClock
 from loras_bench.metering.environment import collect_environment
 from loras_bench.metering.meter import Meter
 from loras_bench.metering.sources import open_sources
+from loras_bench.training import Lead
 from loras_bench.worker import be_quiet
 
 EVEN_STEPS, EVEN_VARIATION = 3, 0.05
 LEAST_STEPS, MOST_STEPS, MOST_WARMUP_S = 5, 40, 60.0
-STEPS_AHEAD = 2
-"""Steps that may be under way on the GPU when the host prepares another."""
-HOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -123,15 +121,12 @@ def _warm_up(trainer: Trainer, synchronize: Callable[[], None]) -> int:
 def _window(trainer: Trainer, seconds: float, first: int, synchronize: Callable[[], None]) -> tuple[int, float]:
     """Steps for some seconds; returns their number and how long they took."""
     begun, taken = time.monotonic(), 0
-    ends: deque[torch.cuda.Event] = deque()
+    lead = Lead()
     while time.monotonic() - begun < seconds:
         loss = trainer.step(first + taken)
         taken += 1
         if loss.is_cuda:  # the host must not run ahead of the clock
-            ends.append(torch.cuda.Event(blocking=True))
-            ends[-1].record()
-            if len(ends) > STEPS_AHEAD:
-                ends.popleft().synchronize()
+            lead.step()
     synchronize()
     return taken, time.monotonic() - begun
 

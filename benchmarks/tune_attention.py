@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from loras_bench.attention.binding import AttentionBatch
-from loras_bench.attention.operators import Launch, sparse_attention, sparse_attention_backward
+from loras_bench.attention.operators import Launch, packed, sparse_attention, sparse_attention_backward
 from loras_bench.attention.patterns import BigBird, Dense, PatternBase, Window
 from loras_bench.attention.tiles import Kernel, TileChoice
 
@@ -77,9 +77,7 @@ def caller(kernel: Kernel, choice: TileChoice, inputs: dict[str, torch.Tensor], 
     """A function that launches one kernel."""
     q, k, v, do = inputs["q"], inputs["k"], inputs["v"], inputs["do"]
     scale = q.shape[3] ** -0.5
-    launches = [Launch.of(part, kernel, choice, q.shape[1] // k.shape[1]) for part in bound.parts]
-    tables = [table for launch in launches for table in launch[:5]]
-    numbers = [number for launch in launches for number in launch[5:]]
+    tables, numbers = packed([Launch.of(part, kernel, choice, q.shape[1] // k.shape[1]) for part in bound.parts])
     if kernel == "forward":
         return lambda: sparse_attention(q, k, v, tables, numbers, scale)
     if kernel == "queries":

@@ -32,6 +32,23 @@ STEPS_AHEAD = 2
 """Steps that may be under way on the GPU when the host prepares another."""
 
 
+class Lead:
+    """Keeps the host at most `STEPS_AHEAD` steps ahead of the GPU.
+
+    Replays return at once: without a bound, progress and clocks would run minutes ahead.
+    """
+
+    def __init__(self) -> None:
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def step(self) -> None:
+        """Call it when a step has been queued: it waits until an earlier one has ended."""
+        self._ends.append(torch.cuda.Event(blocking=True))
+        self._ends[-1].record()
+        if len(self._ends) > STEPS_AHEAD:
+            self._ends.popleft().synchronize()
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite."""
 
@@ -179,7 +196,7 @@ class Loop:
         self.graphs = Graphs(self.device) if graphed else None
         self._eager = Eager(self.device)
         self._loss, self._share = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        self._ends: deque[torch.cuda.Event] = deque()
+        self._lead = Lead()
 
     def step(self, step: int) -> Tensor:
         """One optimizer step; returns the mean loss of its targets as a device scalar, without synchronising."""
@@ -196,7 +213,8 @@ class Loop:
         runner.run("update", None, partial(self.optimizer.step, self.config.max_grad_norm))
         for method in self.methods:
             method.after_step(step)
-        self._wait_for_earlier_steps()
+        if self.device.type == "cuda":
+            self._lead.step()
         if processes == 1:
             return self._loss.clone()
         mean: Tensor = self.accelerator.reduce(self._loss, reduction="mean")  # type: ignore[assignment]
@@ -225,15 +243,6 @@ class Loop:
             self.taps.clear()
         self.accelerator.backward(loss)
         self.optimizer.collect_gradients(first=first)
-
-    def _wait_for_earlier_steps(self) -> None:
-        """Replays return at once: without a bound, progress and clocks would run minutes ahead of the GPU."""
-        if self.device.type != "cuda":
-            return
-        self._ends.append(torch.cuda.Event(blocking=True))
-        self._ends[-1].record()
-        if len(self._ends) > STEPS_AHEAD:
-            self._ends.popleft().synchronize()
 
     def peak_memory_bytes(self) -> int:
         """The most memory that tensors took since torch's last reset of its peak; CUDA only."""

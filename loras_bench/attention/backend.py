@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from loras_bench.attention.binding import BoundPattern
     from loras_bench.attention.patterns import PatternBase
+
+SparseBackend = Literal["auto", "triton", "flex", "reference"]
+"""Who may be asked for the layers that are not dense."""
 
 
 class Backend(ABC):

@@ -5,7 +5,7 @@ Shapes: b batch, q query position, k key position, s length, t number of 128 x 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import or_
@@ -158,6 +158,20 @@ class BoundPattern:
         k = torch.arange(keys, device=device, dtype=torch.int32)[None, None, :]
         return self.mask_mod(b, torch.zeros_like(b), q, k).expand(self.samples, last - first, keys)
 
+    def mask_tiles(self, tile: int, bytes_per_pair: int = 1) -> Iterator[Tensor]:
+        """The mask in bands of rows, each cut into square tiles: bool (b or 1, row tiles, tile, key tiles, tile).
+
+        What lies beyond the length is False. A band is as large as `ELEMENTS_AT_ONCE` allows for `bytes_per_pair`.
+        """
+        length = self.batch.length
+        tiles = -(-length // tile)
+        band = max(1, ELEMENTS_AT_ONCE // (bytes_per_pair * self.samples * tile * tiles * tile)) * tile
+        for first in range(0, tiles * tile, band):
+            rows = min(band, tiles * tile - first)
+            mask = self.mask_rows(first, min(first + rows, length))
+            mask = torch.nn.functional.pad(mask, (0, tiles * tile - mask.shape[2], 0, rows - mask.shape[1]))
+            yield mask.reshape(self.samples, rows // tile, tile, tiles, tile)
+
     @cached_property
     def mask_bqk(self) -> Tensor:
         """The whole mask: bool (b or 1, q, k)."""
@@ -171,16 +185,9 @@ class BoundPattern:
     @cached_property
     def tile_pairs_btt(self) -> Tensor:
         """Allowed pairs in each 128 x 128 tile: int32 (b or 1, t, t), evaluated in bands of rows, never as a whole."""
-        length = self.batch.length
-        tiles = -(-length // TILE)
-        band = max(1, ELEMENTS_AT_ONCE // (self.samples * TILE * tiles * TILE)) * TILE
-        counts = []
-        for first in range(0, tiles * TILE, band):
-            rows = min(band, tiles * TILE - first)
-            mask = self.mask_rows(first, min(first + rows, length))
-            mask = torch.nn.functional.pad(mask, (0, tiles * TILE - mask.shape[2], 0, rows - mask.shape[1]))
-            blocks = mask.reshape(self.samples, rows // TILE, TILE, tiles, TILE)
-            counts.append(blocks.sum(dim=4, dtype=torch.int32).sum(dim=2, dtype=torch.int32))
+        counts = [
+            blocks.sum(dim=4, dtype=torch.int32).sum(dim=2, dtype=torch.int32) for blocks in self.mask_tiles(TILE)
+        ]
         return torch.cat(counts, dim=1)
 
     @property

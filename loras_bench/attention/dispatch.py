@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from loras_bench.attention.backend import Backend
+from loras_bench.attention.backend import Backend, SparseBackend
 from loras_bench.attention.binding import AttentionBatch, BoundPattern
 from loras_bench.attention.counting import CoreCall, PairCounts, count_core
 from loras_bench.attention.dense import DenseKernel, SdpaBackend
@@ -27,8 +27,6 @@ from loras_bench.methods.base import AttentionTap
 
 if TYPE_CHECKING:
     from loras_bench.methods.base import Taps
-
-SparseBackend = Literal["auto", "triton", "flex", "reference"]
 
 
 class ModelAttention:
@@ -58,7 +56,7 @@ class ModelAttention:
         """Whether the latest batch was: what `describe` tells of dense layers."""
         self._calls: list[CoreCall] | None = None
         self._static_bindings: dict[tuple[PatternBase, int, torch.device], BoundPattern] = {}
-        self._pairs: dict[tuple[PatternBase, str, int, int], PairCounts] = {}
+        self._pairs: dict[tuple[PatternBase, SparseBackend, bool, int, int], PairCounts] = {}
         self.set_patterns([Dense()] * layers)
 
     @classmethod
@@ -265,9 +263,9 @@ class ModelAttention:
 
     def _count_row(self, pattern: PatternBase, length: int, padded: int) -> PairCounts:
         """Pairs of one sample, remembered."""
-        padding_bs = (torch.arange(padded) < length)[None] if length < padded else None
-        batch = self.batch(padded, torch.device("cpu"), padding_bs)
-        key = (pattern, self._choose(pattern, self.backend, batch.packed)[0].name, length, padded)
+        key = (pattern, self.backend, self.taps is None, length, padded)  # with the device they decide the kernel
         if key not in self._pairs:
+            padding_bs = (torch.arange(padded) < length)[None] if length < padded else None
+            batch = self.batch(padded, torch.device("cpu"), padding_bs)
             self._pairs[key] = self._count(batch.bound(pattern), 1)
         return self._pairs[key]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loras_bench.attention.schedule import Part, Tiles
-from loras_bench.attention.tiles import Kernel, TileChoice
+from loras_bench.attention.tiles import PRODUCTS, Kernel, TileChoice
 from loras_bench.attention.triton_backward import key_gradient_kernel, query_gradient_kernel
 from loras_bench.attention.triton_forward import forward_kernel
 
@@ -75,7 +75,7 @@ class Launch(NamedTuple):
             "order_b": 0 if len(self.order) <= 1 else self.order.stride(0), "slots": self.tiles.shape[2],
             "length": length, "heads": q_bhsd.shape[1], "scale": scale,
             "GROUP": q_bhsd.shape[1] // k_bgsd.shape[1], "D": head_dim,
-            "D_PAD": max(SMALLEST_DOT, triton.next_power_of_2(head_dim)), "M": self.queries, "N": self.keys,
+            "D_PAD": _padded(head_dim), "M": self.queries, "N": self.keys,
             "LISTED": bool(self.listed), "HAS_PREFIX": bool(self.has_prefix), "ORDERED": bool(self.order.numel()),
             "EVEN": length % max(self.queries, self.keys) == 0,
             "PRECISION": "ieee" if q_bhsd.dtype == torch.float32 else "tf32",
@@ -83,9 +83,21 @@ class Launch(NamedTuple):
         }  # fmt: skip
 
 
+def packed(launches: Sequence[Launch]) -> tuple[list[Tensor], list[int]]:
+    """The launches of one kernel as an operator takes them."""
+    tables = [table for launch in launches for table in launch[:5]]
+    return tables, [number for launch in launches for number in launch[5:]]
+
+
 def _unpack(tables: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Launch]:
     for index in range(len(tables) // 5):
         yield Launch(*tables[5 * index : 5 * index + 5], *numbers[8 * index : 8 * index + 8])  # type: ignore[arg-type]
+
+
+def _padded(head_dim: int) -> int:
+    """The head dimension as tl.dot takes it: a power of two, not too small."""
+    size: int = triton.next_power_of_2(head_dim)
+    return max(SMALLEST_DOT, size)
 
 
 def _strides(tensor_bhsd: Tensor, name: str) -> dict[str, int]:
@@ -147,7 +159,7 @@ def sparse_attention_backward(
         )  # fmt: skip
     own = _strides(dk_bgsd, "dk") | _strides(dv_bgsd, "dv")
     for index, launch in enumerate(_unpack(key_tables, key_numbers)):
-        size = batch * key_heads * launch.owns * max(SMALLEST_DOT, triton.next_power_of_2(head_dim))
+        size = batch * key_heads * launch.owns * _padded(head_dim)
         work = lse_bhs.new_empty(launch.parts * 2 * size)
         arrived = launch.items.new_zeros(batch * key_heads * len(launch.items) if launch.parts else 1)
         key_gradient_kernel[len(launch.items), key_heads, batch](
@@ -167,8 +179,8 @@ def _(q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, *args: Any) -> tuple[Tenso
 def _forward_flops(
     q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], numbers: list[int], scale: float, **kwargs: Any
 ) -> int:
-    """Two products over the pairs of the visited tiles."""
-    return sum(_product_flops(q, launch) * 2 for launch in _unpack(tables, numbers))
+    """The forward kernel's products over the pairs of the visited tiles."""
+    return PRODUCTS["forward"] * sum(_product_flops(q, launch) for launch in _unpack(tables, numbers))
 
 
 @register_flop_formula(torch.ops.loras_bench.sparse_attention_backward, get_raw=True)  # type: ignore[untyped-decorator]
@@ -177,9 +189,10 @@ def _backward_flops(
     query_tables: list[Tensor], query_numbers: list[int], key_tables: list[Tensor], key_numbers: list[int],
     scale: float, **kwargs: Any,
 ) -> int:  # fmt: skip
-    """Three products in the kernel of the queries, four in that of the keys."""
-    queries = sum(_product_flops(q, launch) * 3 for launch in _unpack(query_tables, query_numbers))
-    return queries + sum(_product_flops(q, launch) * 4 for launch in _unpack(key_tables, key_numbers))
+    """Those of the kernel of the queries and of that of the keys."""
+    queries = sum(_product_flops(q, launch) for launch in _unpack(query_tables, query_numbers))
+    keys = sum(_product_flops(q, launch) for launch in _unpack(key_tables, key_numbers))
+    return PRODUCTS["queries"] * queries + PRODUCTS["keys"] * keys
 
 
 def _product_flops(q_bhsd: Tensor, launch: Launch) -> int:
@@ -195,7 +208,7 @@ class SparseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, launches: dict[Kernel, list[Launch]], scale: float
     ) -> tuple[Tensor, Tensor]:
-        out_bhsd, lse_bhs = sparse_attention(q_bhsd, k_bgsd, v_bgsd, *_packed(launches["forward"]), scale)
+        out_bhsd, lse_bhs = sparse_attention(q_bhsd, k_bgsd, v_bgsd, *packed(launches["forward"]), scale)
         ctx.save_for_backward(q_bhsd, k_bgsd, v_bgsd, out_bhsd, lse_bhs)
         ctx.launches, ctx.scale = launches, scale
         ctx.set_materialize_grads(False)
@@ -212,11 +225,6 @@ class SparseAttention(torch.autograd.Function):
             dlse_bhs = dlse_bhs.masked_fill(lse_bhs.isinf(), 0).contiguous()
         grads = sparse_attention_backward(
             q_bhsd, k_bgsd, v_bgsd, out_bhsd, lse_bhs, dout_bhsd, dlse_bhs,
-            *_packed(ctx.launches["queries"]), *_packed(ctx.launches["keys"]), ctx.scale,
+            *packed(ctx.launches["queries"]), *packed(ctx.launches["keys"]), ctx.scale,
         )  # fmt: skip
         return *grads, None, None
-
-
-def _packed(launches: Sequence[Launch]) -> tuple[list[Tensor], list[int]]:
-    tables = [table for launch in launches for table in launch[:5]]
-    return tables, [number for launch in launches for number in launch[5:]]

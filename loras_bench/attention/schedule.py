@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loras_bench.attention.tiles import LIST_TILE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loras_bench.attention.binding import AttentionBatch, BoundPattern
     from loras_bench.attention.pattern import Bounds, IntervalPart
 
-LIST_TILE = 64
-"""Edge of the tiles of irregular patterns: the keys of one 64-bit word of their mask."""
 NEVER = 2**30
 ITEM_VISITS = 64
 """A tile of keys with more visits than this is split over several programs, unless all tiles have as many."""
@@ -214,20 +214,7 @@ def _interval_part(part: IntervalPart, batch: AttentionBatch, waits: bool) -> Pa
 
 def packed_mask(bound: BoundPattern) -> Tensor:
     """The whole mask, one bit a pair: int64 (b, query tiles, key tiles, 64), bit k of a word for key k of the tile."""
-    from loras_bench.attention.binding import ELEMENTS_AT_ONCE
-
-    length, samples = bound.batch.length, bound.samples
-    tiles = -(-length // LIST_TILE)
-    weights = torch.ones(LIST_TILE, dtype=torch.int64, device=bound.batch.device) << torch.arange(
-        LIST_TILE, device=bound.batch.device
-    )
-    band = max(1, ELEMENTS_AT_ONCE // (8 * samples * LIST_TILE * tiles * LIST_TILE))
-    words = []
-    for first in range(0, tiles, band):
-        rows = min(band, tiles - first) * LIST_TILE
-        top = first * LIST_TILE
-        mask = bound.mask_rows(top, min(top + rows, length))
-        mask = F.pad(mask, (0, tiles * LIST_TILE - mask.shape[2], 0, rows - mask.shape[1]))
-        blocks = mask.view(samples, rows // LIST_TILE, LIST_TILE, tiles, LIST_TILE)
-        words.append((blocks * weights).sum(dim=4).transpose(2, 3))
-    return torch.cat(words, dim=1).contiguous()
+    bit = torch.arange(LIST_TILE, device=bound.batch.device)
+    weights = torch.ones_like(bit) << bit
+    bands = bound.mask_tiles(LIST_TILE, bytes_per_pair=weights.element_size())
+    return torch.cat([(blocks * weights).sum(dim=4).transpose(2, 3) for blocks in bands], dim=1).contiguous()

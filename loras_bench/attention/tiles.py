@@ -12,6 +12,10 @@ from importlib import resources
 from typing import Literal, NamedTuple
 
 Kernel = Literal["forward", "queries", "keys"]
+PRODUCTS: dict[Kernel, int] = {"forward": 2, "queries": 3, "keys": 4}
+"""Matrix products of each kernel over the pairs that it visits."""
+LIST_TILE = 64
+"""Edge of the tiles of irregular patterns: the keys of one 64-bit word of their mask."""
 SHORT_KEYS = 1024
 """Mean keys of a query up to which the `short` entry serves."""
 
@@ -35,7 +39,7 @@ def choose_tiles(kernel: Kernel, head_dim: int, mean_keys: float, listed: bool) 
     entries = table[str(next((size for size in sizes if size >= head_dim), sizes[-1]))]
     kind = "listed" if listed else "short" if mean_keys <= SHORT_KEYS else "long"
     choice = TileChoice(*(entries.get(kind) or entries["short"])[kernel])
-    return choice._replace(queries=64, keys=64) if listed else choice
+    return choice._replace(queries=LIST_TILE, keys=LIST_TILE) if listed else choice
 
 
 @cache

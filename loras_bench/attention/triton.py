@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, get_args
 
 from loras_bench.attention.backend import Backend
-from loras_bench.attention.tiles import Kernel, TileChoice, choose_tiles
+from loras_bench.attention.tiles import PRODUCTS, Kernel, TileChoice, choose_tiles
 from loras_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from loras_bench.attention.patterns import PatternBase
 
 LARGEST_HEAD = 128
-PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
-"""Matrix products of each kernel over the pairs that it visits."""
 
 
 class TritonBackend(Backend):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from loras_bench.benchmarking.bench import Quartiles
 from loras_bench.benchmarking.measuring import Result, Row
+from loras_bench.files import write_whole
 from loras_bench.results.formatting import format_number
 from loras_bench.results.render import DASH
 
@@ -71,10 +72,8 @@ def _number(value: float | None) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that a reader, or a kill, finds whole: the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def to_json(results: Sequence[Result], environment: dict[str, Any]) -> dict[str, Any]:

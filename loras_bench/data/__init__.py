@@ -15,14 +15,12 @@ from torch import Tensor
 from loras_bench.catalog import SPLITS, Task
 from loras_bench.data.sources import Source, read_source
 from loras_bench.errors import ConfigError
+from loras_bench.kernels.cross_entropy import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from loras_bench.config import DataConfig
-
-IGNORED = -100
-"""The target of positions that no loss counts."""
 
 
 class TaskData(ABC):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loras_bench.kernels.bordered import bordered
-from loras_bench.kernels.tiles import PARTIAL_SUMS, RowTiles, with_unit_columns
+from loras_bench.kernels.tiles import RowTiles, load_sum, with_unit_columns
 
 
 def add_layer_norm(
@@ -66,11 +66,11 @@ class _AddLayerNorm(torch.autograd.Function):
         normed_nd = bordered(rows, width, border, x_nd)
         mean_n, rstd_n = torch.empty(2, rows, dtype=torch.float32, device=x_nd.device)
         tiles = RowTiles.of(width)
-        _forward[(triton.cdiv(rows, tiles.rows),)](
+        _forward[(tiles.programs(rows),)](
             x_nd, delta, weight_d, bias_d, sum_nd, normed_nd, mean_n, rstd_n,
             rows, x_nd.stride(0), delta.stride(0), sum_nd.stride(0), normed_nd.stride(0), eps,
             width=width, add=delta_nd is not None,
-            tile_rows=tiles.rows, tile_columns=tiles.columns, num_warps=tiles.warps,
+            **tiles.options,
         )  # fmt: skip
         ctx.save_for_backward(sum_nd, weight_d, mean_n, rstd_n)
         ctx.carries_normed, ctx.grad_border = carries_normed, grad_border
@@ -90,14 +90,13 @@ class _AddLayerNorm(torch.autograd.Function):
         d_x_nd = bordered(rows, width, ctx.grad_border, sum_nd)
         tiles = RowTiles.of(width)
         needs_x, needs_delta, *trained = ctx.needs_input_grad[:4]
-        programs = triton.cdiv(rows, tiles.rows)
-        programs = min(programs, PARTIAL_SUMS) if any(trained) else programs
+        programs = tiles.programs(rows, sums=any(trained))
         partials = torch.empty(2, programs if any(trained) else 0, width, dtype=torch.float32, device=sum_nd.device)
         _backward[(programs,)](
             sum_nd, weight_d, mean_n, rstd_n, d_carried, d_normed, d_x_nd, partials[0], partials[1],
             rows, sum_nd.stride(0), d_carried.stride(0), d_normed.stride(0), d_x_nd.stride(0), width=width,
             carried=d_carried_nd is not None, carries_normed=ctx.carries_normed, trained=any(trained),
-            tile_rows=tiles.rows, tile_columns=tiles.columns, num_warps=tiles.warps,
+            **tiles.options,
         )  # fmt: skip
         d_weight_d, d_bias_d = (
             part.sum(0).to(weight_d.dtype) if wanted else None for part, wanted in zip(partials, trained, strict=True)
@@ -130,12 +129,7 @@ def _forward(
     row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
     column = tl.arange(0, tile_columns)[None, :]
     inside = (row < rows) & (column < width)
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
-    if add:
-        step = tl.load(delta + row * delta_stride + column, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + step.to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(total + row * total_stride + column, value, mask=inside)
-    value = value.to(tl.float32)
+    value = load_sum(x, delta, total, row, column, inside, x_stride, delta_stride, total_stride, add)
     centre = tl.sum(value, axis=1, keep_dims=True) / width
     value = tl.where(inside, value - centre, 0.0)
     scale = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loras_bench.kernels.bordered import bordered
-from loras_bench.kernels.tiles import PARTIAL_SUMS, RowTiles, with_unit_columns
+from loras_bench.kernels.tiles import RowTiles, load_sum, with_unit_columns
 
 
 def add_rms_norm(
@@ -47,11 +47,11 @@ class _AddRmsNorm(torch.autograd.Function):
         normed_nd = bordered(rows, width, border, x_nd)
         rstd_n = torch.empty(rows, dtype=torch.float32, device=x_nd.device)
         tiles = RowTiles.of(width)
-        _forward[(triton.cdiv(rows, tiles.rows),)](
+        _forward[(tiles.programs(rows),)](
             x_nd, delta, weight_d, sum_nd, normed_nd, rstd_n,
             rows, x_nd.stride(0), delta.stride(0), sum_nd.stride(0), normed_nd.stride(0), eps,
             width=width, add=delta_nd is not None,
-            tile_rows=tiles.rows, tile_columns=tiles.columns, num_warps=tiles.warps,
+            **tiles.options,
         )  # fmt: skip
         ctx.save_for_backward(sum_nd, weight_d, rstd_n)
         ctx.grad_border = grad_border
@@ -69,14 +69,13 @@ class _AddRmsNorm(torch.autograd.Function):
         d_x_nd = bordered(rows, width, ctx.grad_border, sum_nd)
         tiles = RowTiles.of(width)
         trained = ctx.needs_input_grad[2]
-        programs = triton.cdiv(rows, tiles.rows)
-        programs = min(programs, PARTIAL_SUMS) if trained else programs
+        programs = tiles.programs(rows, sums=trained)
         d_weight_pd = torch.empty(programs if trained else 0, width, dtype=torch.float32, device=sum_nd.device)
         _backward[(programs,)](
             sum_nd, weight_d, rstd_n, d_sum, d_normed, d_x_nd, d_weight_pd,
             rows, sum_nd.stride(0), d_sum.stride(0), d_normed.stride(0), d_x_nd.stride(0),
             width=width, add=d_sum_nd is not None, trained=trained,
-            tile_rows=tiles.rows, tile_columns=tiles.columns, num_warps=tiles.warps,
+            **tiles.options,
         )  # fmt: skip
         d_weight_d = d_weight_pd.sum(0).to(weight_d.dtype) if trained else None
         needs_x, needs_delta = ctx.needs_input_grad[:2]
@@ -105,12 +104,7 @@ def _forward(
     row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
     column = tl.arange(0, tile_columns)[None, :]
     inside = (row < rows) & (column < width)
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
-    if add:
-        step = tl.load(delta + row * delta_stride + column, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + step.to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(total + row * total_stride + column, value, mask=inside)
-    value = value.to(tl.float32)
+    value = load_sum(x, delta, total, row, column, inside, x_stride, delta_stride, total_stride, add)
     scale = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
     tl.store(rstd + row, scale, mask=row < rows)
     factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from loras_bench.attention.backend import SparseBackend
 from loras_bench.attention.families import check_architecture, is_causal
 from loras_bench.attention.patterns import Pattern, PatternBase
 from loras_bench.errors import ConfigError
@@ -25,7 +26,7 @@ class SparseAttentionConfig(MethodConfig):
     """The pattern of all layers that `layers` does not name."""
     layers: Mapping[str, Pattern] = Field(default_factory=dict)
     """Patterns of single layers: a layer (`"3"`) or a range with both ends (`"0-1"`), counted from 0."""
-    backend: Literal["auto", "triton", "flex", "reference"] = "auto"
+    backend: SparseBackend = "auto"
     """Who computes it; `auto` is our Triton kernels on CUDA and the masked reference elsewhere."""
 
     @field_validator("layers", mode="before")

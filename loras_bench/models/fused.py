@@ -18,6 +18,9 @@ from loras_bench.kernels.linear import LinearGroup, why_not
 if TYPE_CHECKING:
     from loras_bench.attention.dispatch import ModelAttention
 
+TANH = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
+"""GELU by transformers' names, and whether each is the approximation by a hyperbolic tangent."""
+
 
 class Separate:
     """Linear layers that cannot be one product, called one after the other; stands in for a `LinearGroup`."""
@@ -88,13 +91,13 @@ class FusedForward(ABC):
 
     def describe(self) -> dict[str, Any]:
         """How many groups of linear layers are fused, and which are not and why; for the record."""
-        separate: defaultdict[str, list[str]] = defaultdict(list)
-        for number, groups in enumerate(self.linears):
-            for name, group in groups.items():
-                if isinstance(group, Separate):
-                    separate[group.reason].append(f"layers.{number}.{name}")
-        forward = type(self).__name__
-        return {"forward": forward, "fused_groups": len(self._packable()), "separate_groups": dict(separate)}
+        refusals = {
+            f"layers.{number}.{name}": group.reason
+            for number, groups in enumerate(self.linears)
+            for name, group in groups.items()
+            if isinstance(group, Separate)
+        }
+        return described(type(self).__name__, len(self._packable()), refusals)
 
     def runner(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """The function of a layer, recomputed in the backward pass if the model checkpoints."""
@@ -104,6 +107,14 @@ class FusedForward(ABC):
 
     def _packable(self) -> list[LinearGroup]:
         return [group for groups in self.linears for group in groups.values() if isinstance(group, LinearGroup)]
+
+
+def described(forward: str, fused: int, refusals: Mapping[str, str]) -> dict[str, Any]:
+    """Whose forward pass runs, how many groups of linear layers are fused, and which are not, by the reason."""
+    separate: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in refusals.items():
+        separate[reason].append(name)
+    return {"forward": forward, "fused_groups": fused, "separate_groups": dict(separate)}
 
 
 def refuse_unsupported(past_key_values: Any, requests: Mapping[str, Any]) -> None:

@@ -15,13 +15,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from loras_bench.kernels.activations import gelu
 from loras_bench.kernels.layer_norm import add_layer_norm
 from loras_bench.kernels.rotary import head_split
-from loras_bench.models.fused import FusedForward, refuse_unsupported
+from loras_bench.models.fused import TANH, FusedForward, refuse_unsupported
 
 if TYPE_CHECKING:
     from loras_bench.attention.binding import AttentionBatch
-
-TANH = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
-"""Activations that are fused, and whether each is the approximation by a hyperbolic tangent."""
 
 
 class FusedBert(FusedForward):

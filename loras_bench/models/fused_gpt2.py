@@ -16,8 +16,7 @@ from loras_bench.errors import UserError
 from loras_bench.kernels.activations import gelu
 from loras_bench.kernels.layer_norm import add_layer_norm
 from loras_bench.kernels.rotary import head_split
-from loras_bench.models.fused import FusedForward, refuse_unsupported
-from loras_bench.models.fused_bert import TANH
+from loras_bench.models.fused import TANH, FusedForward, refuse_unsupported
 
 if TYPE_CHECKING:
     from loras_bench.attention.binding import AttentionBatch

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 from torch import nn
 
 from loras_bench.kernels.linear import LinearGroup, why_not
+from loras_bench.models.fused import described
 
 
 class FusedLinears:
@@ -41,10 +41,7 @@ class FusedLinears:
 
     def describe(self) -> dict[str, Any]:
         """How many linear layers are fused, and which adapted ones are not and why; for the record."""
-        separate: defaultdict[str, list[str]] = defaultdict(list)
-        for name, reason in self.refusals.items():
-            separate[reason].append(name)
-        return {"forward": "transformers", "fused_groups": len(self), "separate_groups": dict(separate)}
+        return described("transformers", len(self), self.refusals)
 
     def remove(self) -> None:
         """PEFT's forward again, and storage of its own for every parameter."""

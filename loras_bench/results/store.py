@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from loras_bench.errors import UserError
+from loras_bench.files import write_whole
 from loras_bench.results.record import SCHEMA_VERSION, Record
 
 RECORD_FILE = "result.json"
@@ -43,32 +43,10 @@ def run_folder(results: Path, run_id: str) -> Path:
 
 
 def write_record(record: Record, folder: Path) -> Path:
-    """Write `result.json` so that a reader, or a kill, sees the old file or the new one and nothing between.
-
-    The text goes to a temporary file in the same folder, is flushed to the disk and renamed over the old file; then the
-    folder itself is flushed, because the rename lives there.
-
-    Returns:
-        The path of `result.json`.
-    """
+    """Write `result.json`, whole or not at all; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / RECORD_FILE
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD_FILE}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(record.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; records are made to be shared
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder_handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(folder_handle)
-    finally:
-        os.close(folder_handle)
+    write_whole(target, record.model_dump_json(indent=1) + "\n")
     return target
 
 

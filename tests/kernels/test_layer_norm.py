@@ -11,7 +11,7 @@ from kernel_checks import GPU, assert_near, check_gradients, gradients, randn
 from torch import Tensor
 
 pytest.importorskip("triton")
-from loras_bench.kernels import layer_norm
+from loras_bench.kernels import tiles
 from loras_bench.kernels.bordered import with_border
 from loras_bench.kernels.layer_norm import add_layer_norm
 from loras_bench.kernels.tiles import RowTiles
@@ -102,7 +102,7 @@ def test_both_terms_share_one_bordered_gradient_and_frozen_inputs_get_none() -> 
 
 
 def test_affine_gradients_are_deterministic_where_programs_take_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_norm, "PARTIAL_SUMS", 3)
+    monkeypatch.setattr(tiles, "PARTIAL_SUMS", 3)
     width = 2048  # one row a tile
     assert RowTiles.of(width).rows == 1
     norms, inputs = Norms("sum"), draw("cpu", torch.float32, 8, width)

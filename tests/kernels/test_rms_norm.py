@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 pytest.importorskip("triton")
-from loras_bench.kernels import rms_norm
+from loras_bench.kernels import tiles
 from loras_bench.kernels.bordered import with_border
 from loras_bench.kernels.rms_norm import add_rms_norm
 from loras_bench.kernels.tiles import RowTiles
@@ -87,7 +87,7 @@ def test_a_gradient_of_one_output_alone_is_enough() -> None:
 
 
 def test_the_weight_gradient_is_deterministic_where_programs_take_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rms_norm, "PARTIAL_SUMS", 3)
+    monkeypatch.setattr(tiles, "PARTIAL_SUMS", 3)
     width = 2048  # one row a tile
     assert RowTiles.of(width).rows == 1
     inputs = draw("cpu", torch.float32, 8, width)
