@@ -162,10 +162,10 @@ def make_loop(
     return Loop(objective, optimizer, methods, data, plan, config, accelerator, None, graphed)
 
 
-def attended(family: str, **options: Any) -> Any:
-    """A tiny model with our attention installed."""
+def attended(family: str, device: torch.device | None = None, **options: Any) -> Any:
+    """A tiny model, on the CPU, with our attention installed for the device that it will run on."""
     model = tiny(family, **options)
-    ModelAttention.install(model)
+    ModelAttention.install(model, device=device)
     return model
 
 

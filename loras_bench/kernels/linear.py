@@ -88,12 +88,16 @@ class LinearGroup:
             slot.parameter.data = slot.parameter.data.clone(memory_format=torch.contiguous_format)
         self._packed = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The outputs (..., sum of widths) for x (..., inputs). What stood in the border of x is overwritten."""
+    def __call__(self, x: Tensor, wants_output: bool = True) -> Tensor:
+        """The outputs (..., sum of widths) for x (..., inputs). What stood in the border of x is overwritten.
+
+        Without `wants_output` nothing but what the gradients need is computed, and the outputs may be anything: for
+        recomputation under checkpointing, where nobody reads those of the last product.
+        """
         if self._packed is None:
             raise RuntimeError("pack the group before it is called")
         parameters = [slot.parameter for slot in self._slots]
-        y_tn: Tensor = _GroupProduct.apply(x.flatten(0, -2), self._packed, self._slots, *parameters)
+        y_tn: Tensor = _GroupProduct.apply(x.flatten(0, -2), self._packed, self._slots, wants_output, *parameters)
         return y_tn.view(*x.shape[:-1], -1)
 
     def _scaling(self, matrix: Tensor) -> float | Tensor:
@@ -211,14 +215,18 @@ class _GroupProduct(torch.autograd.Function):
     """Keeps x and u; the parameters are arguments so that autograd asks for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x_tk: Tensor, packed: _Packed, slots: list[_Slot], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_tk: Tensor, packed: _Packed, slots: list[_Slot], wants_output: bool, *parameters: Tensor
+    ) -> Tensor:
         across = packed.matrix.t()
         u_tr = _low_rank(x_tk, across, packed)
-        wanted = {slot.block for slot, needed in zip(slots, ctx.needs_input_grad[3:], strict=True) if needed}
+        wanted = {slot.block for slot, needed in zip(slots, ctx.needs_input_grad[4:], strict=True) if needed}
         # detached: autograd takes a write into the border of a view for a write into x, and would refuse to go on
         kept_tk = x_tk.detach() if wanted & {"weight", "a"} else None
         ctx.save_for_backward(kept_tk, u_tr if "b" in wanted else None)
         ctx.packed, ctx.slots, ctx.wanted = packed, slots, wanted
+        if not wants_output:
+            return x_tk.new_empty(len(x_tk), across.shape[1] - packed.border)
         return _product(x_tk, u_tr, across, packed.bias_n)
 
     @staticmethod
@@ -239,9 +247,9 @@ class _GroupProduct(torch.autograd.Function):
             blocks["a"] = torch.mm(v_tr.t(), x_tk)
         if "b" in wanted:
             blocks["b"] = torch.mm(u_tr.t(), dy_tn).t()
-        needs = zip(ctx.slots, ctx.needs_input_grad[3:], strict=True)
+        needs = zip(ctx.slots, ctx.needs_input_grad[4:], strict=True)
         gradients = [slot.of(blocks[slot.block]) if needed else None for slot, needed in needs]
-        return dx_tk, None, None, *gradients
+        return dx_tk, None, None, None, *gradients
 
 
 def _low_rank(x_tk: Tensor, m: Tensor, packed: _Packed) -> Tensor | None:

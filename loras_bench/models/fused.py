@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -30,7 +31,7 @@ class Separate:
     def __init__(self, modules: Sequence[nn.Module], reason: str) -> None:
         self.modules, self.reason = modules, reason
 
-    def __call__(self, x_nd: Tensor) -> Tensor:
+    def __call__(self, x_nd: Tensor, wants_output: bool = True) -> Tensor:
         outputs = [module(x_nd) for module in self.modules]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -57,7 +58,9 @@ class FusedForward(ABC):
         ]
         """The groups of each layer."""
         self.draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.modules())
-        """Whether a layer computed twice, for checkpointing, must draw the same random numbers twice."""
+        """Whether what is computed twice, for checkpointing, must draw the same random numbers twice."""
+        self.recomputes = False
+        """Whether a piece is being computed again: for what its gradient needs, so its last product can be left out."""
 
     @staticmethod
     @abstractmethod
@@ -99,11 +102,24 @@ class FusedForward(ABC):
         }
         return described(type(self).__name__, len(self._packable()), refusals)
 
-    def runner(self, layer: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of a layer, recomputed in the backward pass if the model checkpoints."""
+    def runner(self, piece: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of a piece of a layer, recomputed in the backward pass if the model checkpoints.
+
+        The pieces are what comes before attention and what comes after it. Attention is not recomputed: what it reads
+        and gives is kept, and with the inputs of the pieces that is a third of what a layer keeps otherwise (Llama).
+        """
         if not (self.base.gradient_checkpointing and self.base.training):
-            return layer
-        return partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=self.draws)
+            return piece
+        contexts = lambda: (nullcontext(), self._recomputing())  # noqa: E731
+        return partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=self.draws, context_fn=contexts)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        self.recomputes = True
+        try:
+            yield
+        finally:
+            self.recomputes = False
 
     def _packable(self) -> list[LinearGroup]:
         return [group for groups in self.linears for group in groups.values() if isinstance(group, LinearGroup)]

@@ -59,31 +59,36 @@ class FusedBert(FusedForward):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """As BertEncoder's, without a cache; padding and documents are read from `attention_batch` alone."""
         refuse_unsupported(past_key_values, kwargs)
-        run = self.runner(self._layer)
+        before, after = self.runner(self._before), self.runner(self._after)
         x_nd, delta_nd = hidden_states.flatten(0, 1), None
         for number in range(len(self.modules)):
-            x_nd, delta_nd = run(number, x_nd, delta_nd, attention_batch)
+            x_nd, (q_bhsd, k_bhsd, v_bhsd) = before(number, x_nd, delta_nd, attention_batch.length)
+            out_bhsd = self.attention.attend(number, q_bhsd, k_bhsd, v_bhsd, attention_batch, q_bhsd.shape[3] ** -0.5)
+            x_nd, delta_nd = after(number, x_nd, out_bhsd)
         _, hidden_nd = self._norm_after(len(self.modules) - 1, x_nd, delta_nd, 0)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_nd.view(hidden_states.shape))
 
-    def _layer(
-        self, number: int, x_nd: Tensor, delta_nd: Tensor | None, batch: AttentionBatch
-    ) -> tuple[Tensor, Tensor]:
-        """The norm that ends the layer before, and this layer up to its own: the residual stream and what adds to it.
+    def _before(
+        self, number: int, x_nd: Tensor, delta_nd: Tensor | None, length: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The norm that ends the layer before, and this layer up to its attention: residual stream, q, k, v_bhsd.
 
-        So cut, a layer writes into no border of its inputs, which checkpointing forbids.
+        So cut, no piece writes into a border of its inputs, which checkpointing forbids.
         """
-        module: Any = self.modules[number]
-        qkv, out, up, down = self.linears[number].values()
-        heads = self.base.config.num_attention_heads
+        qkv, heads = self.linears[number]["qkv"], self.base.config.num_attention_heads
         normed_nd = x_nd
         if delta_nd is not None:
             x_nd, normed_nd = self._norm_after(number - 1, x_nd, delta_nd, qkv.border)
-        q_bhsd, k_bhsd, v_bhsd = head_split(qkv(normed_nd), batch.length, heads, heads, qkv.border)
-        out_bhsd = self.attention.attend(number, q_bhsd, k_bhsd, v_bhsd, batch, q_bhsd.shape[3] ** -0.5)
+        return x_nd, head_split(qkv(normed_nd, not self.recomputes), length, heads, heads, qkv.border)
+
+    def _after(self, number: int, x_nd: Tensor, out_bhsd: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of the layer up to its last norm: the residual stream and what adds to it."""
+        module: Any = self.modules[number]
+        _, out, up, down = self.linears[number].values()
         delta_nd = out(out_bhsd.transpose(1, 2).reshape(len(x_nd), -1))
         x_nd, normed_nd = self._add_norm(module.attention.output, x_nd, delta_nd, up.border, out.border)
-        return x_nd, down(gelu(up(normed_nd), TANH[self.base.config.hidden_act], down.border, up.border))
+        hidden_nf = gelu(up(normed_nd), TANH[self.base.config.hidden_act], down.border, up.border)
+        return x_nd, down(hidden_nf, not self.recomputes)
 
     def _norm_after(self, number: int, x_nd: Tensor, delta_nd: Any, border: int) -> tuple[Tensor, Tensor]:
         """The last norm of a layer."""

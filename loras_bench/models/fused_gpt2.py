@@ -67,10 +67,13 @@ class FusedGpt2(FusedForward):
         if encoder_hidden_states is not None:
             raise UserError("this model has no layers for cross-attention", "leave encoder_hidden_states out")
         x_bsd = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids)
-        run = self.runner(self._layer)
+        before, after = self.runner(self._before), self.runner(self._after)
         x_nd, delta_nd, made_delta = x_bsd.flatten(0, 1), None, 0
         for number, groups in enumerate(self.linears):
-            x_nd, delta_nd = run(number, x_nd, delta_nd, made_delta, attention_batch)
+            x_nd, (q_bhsd, k_bhsd, v_bhsd) = before(number, x_nd, delta_nd, made_delta, attention_batch.length)
+            module: Any = self.modules[number]
+            out_bhsd = self.attention.attend(number, q_bhsd, k_bhsd, v_bhsd, attention_batch, module.attn.scaling)
+            x_nd, delta_nd = after(number, x_nd, out_bhsd)
             made_delta = groups["down"].border
         _, hidden_nd = _add_norm(self.base.ln_f, x_nd, delta_nd, 0, made_delta)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_nd.view(x_bsd.shape))
@@ -92,24 +95,25 @@ class FusedGpt2(FusedForward):
         embedded_bsd: Tensor = self.base.drop(x_bsd)
         return embedded_bsd
 
-    def _layer(
-        self, number: int, x_nd: Tensor, delta_nd: Tensor | None, made_delta: int, batch: AttentionBatch
-    ) -> tuple[Tensor, Tensor]:
-        """One decoder layer: the residual stream, and what its feed-forward part adds to it.
+    def _before(
+        self, number: int, x_nd: Tensor, delta_nd: Tensor | None, made_delta: int, length: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """A decoder layer up to its attention: the residual stream, q_bhsd, k_bhsd and v_bhsd.
 
         `made_delta` is the border that the layer before asks for beside the gradient of delta.
         """
+        qkv, heads = self.linears[number]["qkv"], self.base.config.num_attention_heads
+        x_nd, normed_nd = _add_norm(self.modules[number].ln_1, x_nd, delta_nd, qkv.border, made_delta)
+        return x_nd, head_split(qkv(normed_nd, not self.recomputes), length, heads, heads, qkv.border)
+
+    def _after(self, number: int, x_nd: Tensor, out_bhsd: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of the layer: the residual stream, and what its feed-forward part adds to it."""
         module: Any = self.modules[number]
-        qkv, out, up, down = self.linears[number].values()
-        config = self.base.config
-        heads = config.num_attention_heads
-        x_nd, normed_nd = _add_norm(module.ln_1, x_nd, delta_nd, qkv.border, made_delta)
-        q_bhsd, k_bhsd, v_bhsd = head_split(qkv(normed_nd), batch.length, heads, heads, qkv.border)
-        out_bhsd = self.attention.attend(number, q_bhsd, k_bhsd, v_bhsd, batch, module.attn.scaling)
+        _, out, up, down = self.linears[number].values()
         delta_nd = module.attn.resid_dropout(out(out_bhsd.transpose(1, 2).reshape(len(x_nd), -1)))
         x_nd, normed_nd = _add_norm(module.ln_2, x_nd, delta_nd, up.border, out.border)
-        hidden_nf = gelu(up(normed_nd), TANH[config.activation_function], down.border, up.border)
-        return x_nd, module.mlp.dropout(down(hidden_nf))
+        hidden_nf = gelu(up(normed_nd), TANH[self.base.config.activation_function], down.border, up.border)
+        return x_nd, module.mlp.dropout(down(hidden_nf, not self.recomputes))
 
 
 def _add_norm(norm: Any, x_nd: Tensor, delta_nd: Tensor | None, border: int, grad_border: int) -> tuple[Tensor, Tensor]:

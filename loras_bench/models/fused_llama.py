@@ -68,37 +68,37 @@ class FusedLlama(FusedForward):
         if position_ids is None:
             position_ids = torch.arange(x_bsd.shape[1], device=x_bsd.device)[None]
         angles = self.base.rotary_emb(x_bsd, position_ids=position_ids)
-        run = self.runner(self._layer)
+        before, after = self.runner(self._before), self.runner(self._after)
         x_nd, delta_nd, made_delta = x_bsd.flatten(0, 1), None, 0
         for number, groups in enumerate(self.linears):
-            x_nd, delta_nd = run(number, x_nd, delta_nd, made_delta, angles, attention_batch)
+            x_nd, (q_bhsd, k_bgsd, v_bgsd) = before(number, x_nd, delta_nd, made_delta, angles)
+            module: Any = self.modules[number]
+            out_bhsd = self.attention.attend(number, q_bhsd, k_bgsd, v_bgsd, attention_batch, module.self_attn.scaling)
+            x_nd, delta_nd = after(number, x_nd, out_bhsd)
             made_delta = groups["down"].border
         _, hidden_nd = _add_norm(self.base.norm, x_nd, delta_nd, 0, made_delta)
         return BaseModelOutputWithPast(last_hidden_state=hidden_nd.view(x_bsd.shape))
 
-    def _layer(
-        self,
-        number: int,
-        x_nd: Tensor,
-        delta_nd: Tensor | None,
-        made_delta: int,
-        angles: tuple[Tensor, Tensor],
-        batch: AttentionBatch,
-    ) -> tuple[Tensor, Tensor]:
-        """One decoder layer: the residual stream, and what its feed-forward part adds to it.
+    def _before(
+        self, number: int, x_nd: Tensor, delta_nd: Tensor | None, made_delta: int, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """A decoder layer up to its attention: the residual stream, q_bhsd, k_bgsd and v_bgsd.
 
         `made_delta` is the border that the layer before asks for beside the gradient of delta.
         """
-        module: Any = self.modules[number]
-        qkv, out, gate_up, down = self.linears[number].values()
-        config = self.base.config
-        x_nd, normed_nd = _add_norm(module.input_layernorm, x_nd, delta_nd, qkv.border, made_delta)
+        qkv, config = self.linears[number]["qkv"], self.base.config
+        x_nd, normed_nd = _add_norm(self.modules[number].input_layernorm, x_nd, delta_nd, qkv.border, made_delta)
         heads = config.num_attention_heads, config.num_key_value_heads
-        q_bhsd, k_bgsd, v_bgsd = rotary_split(qkv(normed_nd), *angles, *heads, qkv.border)
-        out_bhsd = self.attention.attend(number, q_bhsd, k_bgsd, v_bgsd, batch, module.self_attn.scaling)
+        return x_nd, rotary_split(qkv(normed_nd, not self.recomputes), *angles, *heads, qkv.border)
+
+    def _after(self, number: int, x_nd: Tensor, out_bhsd: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of the layer: the residual stream, and what its feed-forward part adds to it."""
+        module: Any = self.modules[number]
+        _, out, gate_up, down = self.linears[number].values()
         delta_nd = out(out_bhsd.transpose(1, 2).reshape(len(x_nd), -1))
         x_nd, normed_nd = _add_norm(module.post_attention_layernorm, x_nd, delta_nd, gate_up.border, out.border)
-        return x_nd, down(swiglu(gate_up(normed_nd), down.border, gate_up.border))
+        hidden_nf = swiglu(gate_up(normed_nd), down.border, gate_up.border)
+        return x_nd, down(hidden_nf, not self.recomputes)
 
 
 def _add_norm(norm: Any, x_nd: Tensor, delta_nd: Tensor | None, border: int, grad_border: int) -> tuple[Tensor, Tensor]:

@@ -16,15 +16,16 @@ from loras_bench.methods.lora import Lora, LoraConfig
 from loras_bench.models.objective import Objective, Task, unwrapped
 
 
-def prepared(family: str, lora: dict[str, Any] | None, **options: Any) -> nn.Module:
+def prepared(family: str, lora: dict[str, Any] | None, device: torch.device | None = None, **options: Any) -> nn.Module:
     """A tiny model in training mode whose norms are not one, and whose biases and second factors are not zero.
 
     Args:
         family: As `tiny` takes it.
         lora: Options of LoRA; None trains everything.
+        device: Where it will run; it stays on the CPU.
         **options: Of the model's configuration.
     """
-    model: nn.Module = attended(family, **options)
+    model: nn.Module = attended(family, device, **options)
     if lora is not None:
         model = Lora(LoraConfig.model_validate({"kind": "lora", "rank": 4, "alpha": 12} | lora)).prepare(model)
     generator = torch.Generator().manual_seed(1)
@@ -34,16 +35,18 @@ def prepared(family: str, lora: dict[str, Any] | None, **options: Any) -> nn.Mod
     return model.train()
 
 
-def text_batch(kind: Literal["plain", "packed", "padded"]) -> dict[str, Tensor]:
-    """Two rows of twelve tokens of language modelling: whole, of two documents each, or one of them padded."""
-    ids_bs = token_ids(2, 12)
+def text_batch(kind: Literal["plain", "packed", "padded"], twelfth: int = 1) -> dict[str, Tensor]:
+    """Two rows of 12 * `twelfth` tokens of language modelling: whole, of two documents each, or one of them padded."""
+    length = 12 * twelfth
+    ids_bs = token_ids(2, length)
     batch = {"input_ids": ids_bs, "targets": torch.roll(ids_bs, -1, dims=1)}
+    position_s = torch.arange(length)
     if kind == "packed":
-        document_bs = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 3])
-        positions_bs = torch.tensor([[*range(5), *range(7)], [*range(9), *range(3)]])
-        batch |= {"document_ids": document_bs, "position_ids": positions_bs}
+        second_b1 = torch.tensor([[5], [9]]) * twelfth
+        document_bs = (position_s >= second_b1).long()
+        batch |= {"document_ids": document_bs, "position_ids": position_s - document_bs * second_b1}
     if kind == "padded":
-        mask_bs = torch.arange(12) < torch.tensor([[12], [7]])
+        mask_bs = position_s < torch.tensor([[12], [7]]) * twelfth
         batch |= {"attention_mask": mask_bs, "targets": batch["targets"].masked_fill(~mask_bs, -100)}
     return batch
 
@@ -78,7 +81,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], noise: floa
 
 
 def checkpointed(model: nn.Module, fused: Any) -> list[int]:
-    """Make a model compute its layers twice; the list will hold the layers whose attention is computed, in order."""
+    """Make a model checkpoint its layers; the list will hold the layers whose attention is computed, in order."""
     unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
     unwrapped(model).disable_input_require_grads()
     calls: list[int] = []

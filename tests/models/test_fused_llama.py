@@ -9,12 +9,13 @@ import pytest
 import torch
 from fused_checks import assert_same, check_removal, checkpointed, found_borders, outcome, prepared, text_batch
 from torch import nn
-from training_fixtures import attended, token_ids
+from training_fixtures import HEADS, INNER, LAYERS, WIDTH, attended, token_ids
 
 pytest.importorskip("triton")
 from loras_bench.attention.patterns import Window
 from loras_bench.errors import UserError
 from loras_bench.kernels.linear import LinearGroup
+from loras_bench.metering.flops import MatmulCounter
 from loras_bench.models.fused_llama import FusedLlama
 from loras_bench.models.objective import unwrapped
 
@@ -84,11 +85,31 @@ def test_checkpointing_recomputes_the_same(arm: str) -> None:
     expected = outcome(model, text_batch("packed"))
     calls = checkpointed(model, fused)
     assert_same(outcome(model, text_batch("packed")), expected)
-    assert calls == [0, 1, 1, 0]
+    assert calls == [0, 1], "attention is computed once"
     model.eval()
     with torch.no_grad():
         model(input_ids=token_ids(1, 4))
-    assert calls == [0, 1, 1, 0, 0, 1]
+    assert calls == [0, 1, 0, 1]
+
+
+def test_checkpointing_computes_neither_attention_nor_what_a_piece_ends_with_again() -> None:
+    """Of the products: those of attention's output and of gate/up, and x A^T of all groups, for gradients."""
+    model = model_of("lora")
+    fused = FusedLlama.install(unwrapped(model).base_model)
+    flops = []
+    for again in (False, True):
+        if again:
+            checkpointed(model, fused)
+        with MatmulCounter() as counter:
+            outcome(model, text_batch("plain"))
+        flops.append(counter.flops)
+    rank = 16  # the ranks of a group, rounded up
+    keys = WIDTH // HEADS * 2  # two key heads
+    out, gate_up = (WIDTH, WIDTH), (WIDTH, 2 * INNER)
+    qkv, down = (WIDTH, WIDTH + 2 * keys), (INNER, WIDTH)
+    low_rank = sum(inputs * rank for inputs, _ in (qkv, out, gate_up, down))
+    whole = sum((inputs + rank) * outputs for inputs, outputs in (out, gate_up))
+    assert flops[1] - flops[0] == 2 * 24 * LAYERS * (low_rank + whole)
 
 
 def test_low_rank_products_lie_beside_what_the_operations_before_left_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
