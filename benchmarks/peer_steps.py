@@ -73,7 +73,8 @@ def _peer(arm: Arm, shape: Shape, device: torch.device) -> Trainer:
     if arm.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        apply_liger_kernel_to_llama()
+        in_layers = not arm.compile_layers
+        apply_liger_kernel_to_llama(rope=in_layers, rms_norm=in_layers, swiglu=in_layers)
     model: Any = random_model(shape, device)
     if arm.lora:
         model = _with_adapters(model, arm)
@@ -82,7 +83,7 @@ def _peer(arm: Arm, shape: Shape, device: torch.device) -> Trainer:
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
-    call = torch.compile(model, mode=arm.compile_mode, dynamic=False) if arm.compile_mode else model
+    call = _compiled(model, arm)
     ids_bs = random_tokens(shape)[:, :-1].to(device)
 
     def step(number: int) -> Tensor:
@@ -98,6 +99,17 @@ def _peer(arm: Arm, shape: Shape, device: torch.device) -> Trainer:
     graphed = arm.compile_mode == "reduce-overhead"
     peak_bytes = torch.cuda.max_memory_reserved if graphed else torch.cuda.max_memory_allocated
     return Trainer(step, peak_bytes, {"sdpa": _sdpa_kernel(shape, device)})
+
+
+def _compiled(model: Any, arm: Arm) -> Any:
+    """The model to call; its layers are compiled in place."""
+    if arm.compile_mode is None:
+        return model
+    if not arm.compile_layers:
+        return torch.compile(model, mode=arm.compile_mode, dynamic=False)
+    for layer in model.get_decoder().layers:
+        layer.compile(mode=arm.compile_mode, dynamic=False)
+    return model
 
 
 def _with_adapters(model: nn.Module, arm: Arm) -> nn.Module:

@@ -33,7 +33,7 @@ SCREEN_S = 3.0
 """Length of the one window in which candidates compete."""
 LIMIT_S = 300.0
 """An arm that takes longer is stopped: tuning compilers can take many minutes."""
-START_S, COMPILE_S = 15.0, 60.0
+START_S, COMPILE_S, COMPILE_LAYERS_S = 15.0, 60.0, 15.0
 """Guesses for what was never run."""
 
 
@@ -109,7 +109,8 @@ class Comparison:
         known = self.results.get(self.device.name, shape.name, arm.name)
         if known and known["status"] == "completed":
             return float(known["wall_s"] - known["window_s"] * known["repeats"] + measured_s)
-        return START_S + (COMPILE_S if arm.compile_mode else 0) + measured_s
+        compile_s = COMPILE_LAYERS_S if arm.compile_layers else COMPILE_S if arm.compile_mode else 0
+        return START_S + compile_s + measured_s
 
     def _measure(self, arm: Arm, shape: Shape, seconds: float, repeats: int) -> dict[str, Any]:
         """In a fresh process; one that dies or takes too long is a failed arm."""
