@@ -11,12 +11,11 @@ from loras_bench.results.store import load_records
 
 ROOT = Path(__file__).parents[1]
 H200 = Device("cuda", "NVIDIA H200", triton=True)
-UNFINISHED = pytest.mark.xfail(strict=True, reason="the lease ended before its last seeds; results/README.md says so")
 ARMS = ("full", "full_s", "lora", "lora_s", "lora_s_7")
 IMDB_ARMS = ("imdb/full", "imdb/lora", "imdb/lora_s")
 
 
-@pytest.mark.parametrize("arm", [*ARMS, *(pytest.param(arm, marks=UNFINISHED) for arm in IMDB_ARMS)])
+@pytest.mark.parametrize("arm", [*ARMS, *IMDB_ARMS])
 def test_every_reference_arm_is_finished_in_three_seeds(arm):
     experiment = resolve(load_experiment(ROOT / "configs" / f"{arm}.yaml"), H200)
     assert [plan_run(experiment, seed, ROOT / "results", H200).finished for seed in (0, 1, 2)] == [True] * 3
