@@ -105,6 +105,16 @@ class Method(ABC, Generic[C]):
         """Groups of `params`, and where they differ `lr` and `weight_decay`; the loop takes the rest."""
         return []
 
+    def plan(self, steps: int) -> None:
+        """Told once how many optimizer steps the run has."""
+
+    def batch_tensors(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors to go with a training batch to the device, from what `TaskData.collate` made, on the CPU.
+
+        Their shapes may depend on the data: a step is captured for each combination of shapes that comes.
+        """
+        return {}
+
     def before_step(self, step: int) -> None:
         """Called before each optimizer step; writes device tensors only, so that a captured step sees them."""
 

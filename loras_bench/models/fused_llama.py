@@ -1,22 +1,29 @@
 """The forward pass of a transformers Llama as a chain of fused operations.
 
 A layer is: add + norm -> q/k/v -> rotary embedding -> attention -> output -> add + norm -> gate/up -> SwiGLU -> down.
-The residual stream travels as (x, delta), so that every addition is part of the norm after it. Importing it needs
-Triton.
+The residual stream travels as (x, delta), so that every addition is part of the norm after it. Under contextual
+sparsity it travels with the dense tokens first, and attention alone sees the order of the batch (docs/kernels.md,
+"Sliced products"). Importing it needs Triton.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from loras_bench.errors import ConfigError
 from loras_bench.kernels.activations import swiglu
+from loras_bench.kernels.bordered import take_rows
 from loras_bench.kernels.rms_norm import add_rms_norm
 from loras_bench.kernels.rotary import rotary_split
-from loras_bench.models.fused import FusedForward, refuse_unsupported
+from loras_bench.kernels.sliced import narrow_inputs, narrow_outputs, sliced_inputs, sliced_outputs
+from loras_bench.kernels.sliced_parts import Rows
+from loras_bench.models.fused import FusedForward, Separate, refuse_unsupported
+from loras_bench.sparsity.contextual import BatchTokens, ContextualSparsity
 
 if TYPE_CHECKING:
     from loras_bench.attention.binding import AttentionBatch
@@ -34,6 +41,12 @@ class FusedLlama(FusedForward):
 
     def __init__(self, base: Any) -> None:
         super().__init__(base, base, base.layers)
+        self.sparsity = ContextualSparsity.of(base)
+        for groups, shares in zip(self.linears, self.sparsity.schedule if self.sparsity else (), strict=False):
+            if any(shares) and (reasons := [group.reason for group in groups.values() if isinstance(group, Separate)]):
+                raise ConfigError(
+                    f"sparse_lora: a sparse layer cannot be fused: {reasons[0]}", "use plain `lora` on it"
+                )
 
     @staticmethod
     def why_not(config: Any) -> str | None:
@@ -64,16 +77,19 @@ class FusedLlama(FusedForward):
     ) -> BaseModelOutputWithPast:
         """As LlamaModel's, without a cache; padding and documents are read from `attention_batch` alone."""
         refuse_unsupported(past_key_values, kwargs)
+        tokens = None if self.sparsity is None else self.sparsity.tokens
         x_bsd = self.base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(x_bsd.shape[1], device=x_bsd.device)[None]
         angles = self.base.rotary_emb(x_bsd, position_ids=position_ids)
         run = self.runner(self._layer)
-        x_nd, delta_nd, made_delta = x_bsd.flatten(0, 1), None, 0
+        x_nd, delta_nd, made_delta = _dense_first(x_bsd.flatten(0, 1), tokens), None, 0
         for number, groups in enumerate(self.linears):
-            x_nd, delta_nd = run(number, x_nd, delta_nd, made_delta, angles, attention_batch)
+            x_nd, delta_nd = run(number, x_nd, delta_nd, made_delta, angles, attention_batch, tokens)
             made_delta = groups["down"].border
         _, hidden_nd = _add_norm(self.base.norm, x_nd, delta_nd, 0, made_delta)
+        if tokens is not None and tokens.order_t is not None and tokens.place_t is not None:
+            hidden_nd = take_rows(hidden_nd, tokens.place_t, tokens.order_t)
         return BaseModelOutputWithPast(last_hidden_state=hidden_nd.view(x_bsd.shape))
 
     def _layer(
@@ -84,21 +100,74 @@ class FusedLlama(FusedForward):
         made_delta: int,
         angles: tuple[Tensor, Tensor],
         batch: AttentionBatch,
+        tokens: BatchTokens | None,
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer: the residual stream, and what its feed-forward part adds to it.
 
         `made_delta` is the border that the layer before asks for beside the gradient of delta.
         """
         module: Any = self.modules[number]
-        qkv, out, gate_up, down = self.linears[number].values()
-        config = self.base.config
+        qkv, out, gate_up, _ = self.linears[number].values()
         x_nd, normed_nd = _add_norm(module.input_layernorm, x_nd, delta_nd, qkv.border, made_delta)
-        heads = config.num_attention_heads, config.num_key_value_heads
-        q_bhsd, k_bgsd, v_bgsd = rotary_split(qkv(normed_nd), *angles, *heads, qkv.border)
-        out_bhsd = self.attention.attend(number, q_bhsd, k_bgsd, v_bgsd, batch, module.self_attn.scaling)
-        delta_nd = out(out_bhsd.transpose(1, 2).reshape(len(x_nd), -1))
+        delta_nd = self._attention(number, normed_nd, angles, batch, tokens)
         x_nd, normed_nd = _add_norm(module.post_attention_layernorm, x_nd, delta_nd, gate_up.border, out.border)
-        return x_nd, down(swiglu(gate_up(normed_nd), down.border, gate_up.border))
+        return x_nd, self._feed_forward(number, normed_nd, tokens)
+
+    def _groups(self, number: int, *names: str) -> list[Any]:
+        """Linear groups of a layer; `Separate` ones are called alike, and are in no sparse layer."""
+        return [self.linears[number][name] for name in names]
+
+    def _attention(
+        self,
+        number: int,
+        x_nd: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+        tokens: BatchTokens | None,
+    ) -> Tensor:
+        """Queries, keys and values from normalised rows, attention in the order of the batch, and its projection."""
+        module: Any = self.modules[number]
+        qkv, out = self._groups(number, "qkv", "out")
+        channels = self.sparsity.attention(number, x_nd, tokens) if self.sparsity and tokens else None
+        if channels is None or tokens is None:
+            qkv_nd = qkv(x_nd)
+        else:
+            starts = accumulate(qkv.widths, initial=0)
+            kept_c = torch.cat([kept + start for kept, start in zip(channels[:3], starts, strict=False)])
+            qkv_nd = sliced_outputs(qkv, x_nd, tokens.dense, kept_c)
+        heads = self.base.config.num_attention_heads, self.base.config.num_key_value_heads
+        q_bhsd, k_bgsd, v_bgsd = rotary_split(
+            qkv_nd, *angles, *heads, qkv.border, None if tokens is None else tokens.order_t
+        )
+        out_bhsd = self.attention.attend(number, q_bhsd, k_bgsd, v_bgsd, batch, module.self_attn.scaling)
+        out_nd = _dense_first(out_bhsd.transpose(1, 2).reshape(len(x_nd), -1), tokens, out.border)
+        if channels is None or tokens is None:
+            return out(out_nd)  # type: ignore[no-any-return]
+        return sliced_inputs(out, out_nd, tokens.dense, channels.output)
+
+    def _feed_forward(self, number: int, x_nd: Tensor, tokens: BatchTokens | None) -> Tensor:
+        """Gate and up, SwiGLU, and down, from normalised rows.
+
+        Hidden channels that are not kept are zero for context tokens, and are not even stored, unless adapters on all
+        of gate, up and down make them something else.
+        """
+        gate_up, down = self._groups(number, "gate_up", "down")
+        kept_c = self.sparsity.feed_forward(number, x_nd, tokens) if self.sparsity and tokens else None
+        if kept_c is None or tokens is None:
+            return down(swiglu(gate_up(x_nd), down.border, gate_up.border))  # type: ignore[no-any-return]
+        kept_2c = torch.stack([kept_c, kept_c + gate_up.widths[0]])
+        if gate_up.border and down.border:
+            gate_up_nf = sliced_outputs(gate_up, x_nd, tokens.dense, kept_2c.flatten())
+            return sliced_inputs(down, swiglu(gate_up_nf, down.border, gate_up.border), tokens.dense, kept_c)
+        parts = narrow_outputs(gate_up, x_nd, tokens.dense, kept_2c)
+        return narrow_inputs(down, Rows(*(swiglu(part, down.border, gate_up.border) for part in parts)), kept_c)
+
+
+def _dense_first(x_nd: Tensor, tokens: BatchTokens | None, border: int = 0) -> Tensor:
+    """The rows of a batch in the order of the residual stream, with a border if they have to be moved."""
+    if tokens is None or tokens.order_t is None or tokens.place_t is None:
+        return x_nd
+    return take_rows(x_nd, tokens.order_t, tokens.place_t, border)
 
 
 def _add_norm(norm: Any, x_nd: Tensor, delta_nd: Tensor | None, border: int, grad_border: int) -> tuple[Tensor, Tensor]:
