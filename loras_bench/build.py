@@ -139,6 +139,8 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, ingredient
     if any(method.wants_taps for method in methods):
         attention.taps = Taps()
     plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
+    for method in methods:
+        method.plan(plan.steps)
     objective = Objective(model, data.task, experiment.training.loss).train()  # type: ignore[arg-type]
     return Assembly(
         **vars(ingredients), model=model, objective=objective, attention=attention, methods=methods, plan=plan

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ from loras_bench.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from loras_bench.config import DataConfig
 
-Task = Literal["language_modeling", "classification"]
+Task = Literal["language_modeling", "classification", "instruction"]
 SPLITS = ("train", "validation", "test")
 DATA_VARIABLE = "LORAS_BENCH_DATA"
 MODELS_VARIABLE = "LORAS_BENCH_MODELS"
@@ -52,6 +52,12 @@ class DatasetSpec:
     `label_names` is empty for sets outside the catalog: the labels are then taken from the training set.
     `line_end_is_word` follows WikiText, whose published word counts have one end-of-line word for each line.
     `hub_blank_line`: the hub's rows are lines of one text, and blank lines, stored there as "", were this.
+    `folder` is the set's folder under $LORAS_BENCH_DATA, where it is not its name.
+
+    Rows of `instruction` sets are prompts and responses. Without a label, the text fields hold the two; with one,
+    `prompt` is written around the text, and the response is the label's name. `choices_after`: what stands in a
+    prompt before the answers that it allows, with `/` between them. `final_answer`: a regular expression whose group
+    is what exact match compares in a response.
     """
 
     name: str
@@ -64,6 +70,15 @@ class DatasetSpec:
     embedded: bool = False
     line_end_is_word: bool = False
     hub_blank_line: str | None = None
+    folder: str | None = None
+    prompt: str = "{}"
+    choices_after: str | None = None
+    final_answer: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The set's folder under $LORAS_BENCH_DATA."""
+        return self.folder or self.name
 
 
 def _lm(name: str, **more: Any) -> DatasetSpec:
@@ -72,6 +87,20 @@ def _lm(name: str, **more: Any) -> DatasetSpec:
 
 def _labelled(name: str, fields: str, labels: str, hub: HubSource | None = None, **more: Any) -> DatasetSpec:
     return DatasetSpec(name, "classification", tuple(fields.split()), "label", tuple(labels.split()), hub=hub, **more)
+
+
+def _prompted(labelled: DatasetSpec, prompt: str) -> DatasetSpec:
+    """A classification set whose labels are named in words, in answer to a prompt."""
+    return replace(
+        labelled, name=f"{labelled.name}-prompted", task="instruction", folder=labelled.path, prompt=prompt + "\n\n{}"
+    )
+
+
+def _commonsense(name: str, file: str) -> DatasetSpec:
+    """A set of LLM-Adapters (Hu et al. 2023): `Answer format: answer1/answer2` -> `the correct answer is answer1`."""
+    stems = {"train": (f"{file}_train",), "validation": (), "test": (f"{file}_test",)}
+    fields, folder = ("instruction", "output"), "llm-adapters-commonsense"
+    return DatasetSpec(name, "instruction", fields, stems=stems, folder=folder, choices_after="Answer format: ")
 
 
 def _glue(subset: str, splits: Mapping[str, str]) -> HubSource:
@@ -84,7 +113,10 @@ _WIKITEXT = HubSource("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232
 _IMDB = HubSource("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", None, _TRAIN_TEST)
 _AG_NEWS = HubSource("fancyzhx/ag_news", "eb185aade064a813bc0b7f42de02595523103ca4", None, _TRAIN_TEST)
 _COLA, _RTE, _SST2 = (_glue(subset, _DEV_AS_TEST) for subset in ("cola", "rte", "sst2"))
+_GSM8K = HubSource("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", "main", _TRAIN_TEST)
 _SECRET = {"stems": _LABELLED_GLUE_STEMS}
+_SST2_TEXTS = _labelled("sst2", "sentence", "negative positive", _SST2)
+_NEWS = _labelled("ag_news", "text", "world sports business technology", _AG_NEWS)  # title and description, joined
 
 _SPECS = (
     _lm("wikitext-2", hub=_WIKITEXT, line_end_is_word=True, hub_blank_line=" \n"),
@@ -94,17 +126,24 @@ _SPECS = (
     _lm("python-docstrings", embedded=True),
     _labelled("python-docstring-modules", "text", "text data network concurrency testing system", embedded=True),
     _labelled("imdb", "text", "negative positive", _IMDB),
-    _labelled("sst2", "sentence", "negative positive", _SST2),
+    _SST2_TEXTS,
     _labelled("mr", "sentence", "negative positive"),
     _labelled("cr", "sentence", "negative positive"),
     _labelled("mpqa", "sentence", "negative positive"),
     _labelled("subj", "sentence", "subjective objective"),
     _labelled("trec", "question", "ABBR DESC ENTY HUM LOC NUM"),
-    _labelled("ag_news", "text", "world sports business technology", _AG_NEWS),  # title and description, joined
+    _NEWS,
     _labelled("cola", "sentence", "unacceptable acceptable", _COLA, **_SECRET),
     _labelled("mrpc", "sentence1 sentence2", "different equivalent", _glue("mrpc", _HUB_SPLITS)),
     _labelled("rte", "sentence1 sentence2", "not_entailment entailment", _RTE, **_SECRET),
     _labelled("qqp-subset", "question1 question2", "different duplicate"),
+    _commonsense("arc-e", "arc-easy"),
+    _commonsense("arc-c", "arc-challenge"),
+    _commonsense("openbookqa", "openbookqa"),
+    _commonsense("boolq-without-passages", "boolq"),  # LLM-Adapters asks its questions without their passages
+    DatasetSpec("gsm8k", "instruction", ("question", "answer"), hub=_GSM8K, final_answer=r"#### (-?[0-9.,]+)"),
+    _prompted(_SST2_TEXTS, "Is the sentiment of this sentence negative or positive?"),
+    _prompted(_NEWS, "Is this news article about world, sports, business or technology?"),
 )
 DATASETS: Mapping[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
 
@@ -143,12 +182,18 @@ def locate_data(config: DataConfig) -> DataLocation:
     raise missing_data(spec, looked)
 
 
+def task_of(config: DataConfig) -> Task | None:
+    """The task of a data set, without looking for it; None where it is unknown."""
+    return DATASETS[config.name].task if config.name in DATASETS else config.task
+
+
 def missing_data(spec: DatasetSpec, looked: Iterable[str]) -> UserError:
     """The error for a data set that is nowhere: where it was looked for, and what to do."""
     hub = f", or let this machine reach the hub ({spec.hub.repository})" if spec.hub else ""
     return UserError(
         f"data set `{spec.name}` not found; looked in: " + "; ".join(looked),
-        f"put {spec.name}/train.jsonl or .txt (.xz, .gz) into a folder and set {DATA_VARIABLE} to that folder{hub}",
+        f"put {spec.path}/{spec.stems['train'][0]}.jsonl or .txt (.xz, .gz) into a folder and set {DATA_VARIABLE} to "
+        f"that folder{hub}",
     )
 
 
@@ -170,10 +215,14 @@ def _dataset_spec(config: DataConfig) -> DatasetSpec:
         raise ConfigError(
             f"data set `{config.name}` needs data.label_field for classification", "name the field of the label"
         )
-    if config.task == "language_modeling" and config.label_field is not None:
-        raise ConfigError("data.label_field does not go with task language_modeling", "remove the key")
-    fields = config.text_fields or ("text",)
-    if len(fields) > (2 if config.task == "classification" else 1):
+    if config.task != "classification" and config.label_field is not None:
+        raise ConfigError(f"data.label_field does not go with task {config.task}", "remove the key")
+    fields = config.text_fields or (("prompt", "response") if config.task == "instruction" else ("text",))
+    if config.task == "instruction" and len(fields) != 2:
+        raise ConfigError(
+            f"data.text_fields names {len(fields)} fields", "two for instructions: the prompt's and the response's"
+        )
+    if len(fields) > (1 if config.task == "language_modeling" else 2):
         raise ConfigError(
             f"data.text_fields names {len(fields)} fields", "one field, or two for pairs in classification"
         )
@@ -195,13 +244,13 @@ def _find_folder(spec: DatasetSpec) -> tuple[dict[str, Path], list[str]]:
     root = os.environ.get(DATA_VARIABLE)
     if not root:
         return {}, [f"${DATA_VARIABLE}, which is not set"]
-    folder = Path(root).expanduser() / spec.name
+    folder = Path(root).expanduser() / spec.path
     files: dict[str, Path] = {}
     for split in SPLITS:
         candidates = (folder / (stem + ending) for stem in spec.stems[split] for ending in FILE_ENDINGS)
         if path := next((path for path in candidates if path.is_file()), None):
             files[split] = path
-    place = f"{folder} (train{{{','.join(FILE_ENDINGS)}}}, from ${DATA_VARIABLE})"
+    place = f"{folder} ({spec.stems['train'][0]}{{{','.join(FILE_ENDINGS)}}}, from ${DATA_VARIABLE})"
     return (files if "train" in files else {}), [place]
 
 

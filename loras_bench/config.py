@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from loras_bench.methods import MethodUnion
 
@@ -29,21 +29,25 @@ class DataConfig(Section):
     a hub id `owner/name`.
     """
     sequence_length: int = Field(gt=1)
-    """Language modelling: length of the packed blocks. Classification: texts are truncated to this many tokens."""
+    """Language modelling: length of the packed blocks. Classification: texts are truncated to this many tokens.
+    Instructions: prompts lose their beginning beyond it; a response that does not fit is an error.
+    """
     packing: Literal["auto", "packed", "padded"] | None = "auto"
-    """Classification: `packed` lays the texts of a batch one after the other into one row and lets none see another;
-    `padded` lays them side by side. `auto` packs on CUDA with triton and `dense_attention: auto`, without
-    `training.compile` (each total of tokens would be compiled anew). Blocks of language modelling have no padding:
-    nothing is to be chosen, and runs record null.
+    """Classification and instructions: `packed` lays the texts of a batch one after the other into one row and lets
+    none see another; `padded` lays them side by side. `auto` packs on CUDA with triton and `dense_attention: auto`,
+    without `training.compile` (each total of tokens would be compiled anew). Blocks of language modelling have no
+    padding: nothing is to be chosen, and runs record null.
     """
     validation_rows: int | None = Field(default=None, ge=1)
     """Rows of the training set that are set aside for validation where the data set has no validation split: always
     the same rows.
     """
-    task: Literal["language_modeling", "classification"] | None = None
+    task: Literal["language_modeling", "classification", "instruction"] | None = None
     """Only for data sets outside the catalog."""
     text_fields: tuple[str, ...] | None = None
-    """Only for data sets outside the catalog: the fields that hold the text (two for sentence pairs)."""
+    """Only for data sets outside the catalog: the fields that hold the text (two for sentence pairs, and for
+    instructions: prompt and response).
+    """
     label_field: str | None = None
     """Only for classification sets outside the catalog."""
     revision: str | None = None
@@ -104,7 +108,7 @@ class TrainingConfig(Section):
     tokens_per_step: int | None = Field(default=None, gt=0)
     """Language modelling: tokens of one optimizer step, a multiple of the sequence length."""
     batch_size: int | None = Field(default=None, gt=0)
-    """Classification: rows of one optimizer step."""
+    """Classification and instructions: rows of one optimizer step."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Rows of one forward pass; the rest of a step is accumulated. Default: the whole step."""
     learning_rate: float = Field(gt=0)
@@ -132,9 +136,22 @@ class TrainingConfig(Section):
             raise ValueError("give exactly one of `tokens` and `epochs`")
         if (self.tokens_per_step is None) == (self.batch_size is None):
             raise ValueError(
-                "give exactly one of `tokens_per_step` (language modelling) and `batch_size` (classification)"
+                "give exactly one of `tokens_per_step` (language modelling) and `batch_size` (classification, "
+                "instructions)"
             )
         return self
+
+
+class GenerationConfig(Section):
+    """Greedy answers, for the exact match of their final number (GSM8K).
+
+    There is no key/value cache: every new token is a forward pass over the whole text.
+    """
+
+    rows: int = Field(default=200, gt=0)
+    """Answers the first rows of the split, these many."""
+    new_tokens: int = Field(default=256, gt=0)
+    """Length at which an answer is cut off."""
 
 
 class EvaluationConfig(Section):
@@ -148,6 +165,14 @@ class EvaluationConfig(Section):
     """Rows of one forward pass."""
     every_tokens: int | None = Field(default=None, gt=0)
     """Also read the validation loss each time this many tokens were trained, outside the `train` phase."""
+    generation: GenerationConfig | None = None
+    """Also answer prompts, where a data set's responses end in a number that can be compared."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The hashes of runs that generate nothing stay what they were before there was anything to generate."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if key != "generation" or value is not None}
 
 
 class CarbonConfig(Section):

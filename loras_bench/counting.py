@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -13,10 +14,10 @@ from loras_bench.attention.backend import Backend
 from loras_bench.attention.counting import PairCounts
 from loras_bench.attention.dispatch import ModelAttention
 from loras_bench.build import Assembly
-from loras_bench.graphed import to_device
+from loras_bench.graphed import shapes_of, to_device
 from loras_bench.metering.flops import MatmulCounter
 from loras_bench.results.record import Flops
-from loras_bench.training import plan_batches
+from loras_bench.training import plan_batches, regime_of, steps_that_differ
 
 
 @dataclass
@@ -36,41 +37,42 @@ class _ShapeCost:
 def count_training(run: Assembly, device: torch.device, processes: int = 1) -> tuple[Flops, int]:
     """FLOPs and tokens, padding included, of all steps of the plan; on the meta device nothing is computed.
 
-    The matrix products of a batch depend on its shape alone, fill included, so one forward and backward pass of each
-    shape is executed under the counter. Attention pairs are counted from each batch's own documents.
+    The matrix products of a batch depend on its shapes and the regime of its step alone, fill included, so one forward
+    and backward pass of each kind is executed under the counter. Attention pairs are counted from each batch's own
+    documents.
 
     Args:
         run: With all methods applied.
         device: Where its model is.
         processes: Of the job; each has its own batch of its share of the rows.
     """
-    costs: dict[tuple[torch.Size, torch.Size], _ShapeCost] = {}
+    costs: dict[Hashable, _ShapeCost] = {}
     linear = executed = allowed = dense = 0.0
     tokens = 0
-    steps = 1 if run.data.task == "language_modeling" else run.plan.steps  # blocks all have one shape
-    for step in range(steps):
-        ranks = (plan_batches(run.data, run.plan, step, rank, processes) for rank in range(processes))
+    for step, times in steps_that_differ(run.data, run.plan, run.methods).items():
+        for method in run.methods:
+            method.before_step(step)
+        ranks = (plan_batches(run.data, run.plan, step, rank, processes, run.methods) for rank in range(processes))
         for batch in chain.from_iterable(ranks):
-            shape = batch["input_ids"].shape, batch["targets"].shape
-            tokens += batch["input_ids"].numel()
-            if shape not in costs:
-                costs[shape] = _cost_of(run, batch, device)
-            cost = costs[shape]
-            linear += cost.linear
+            kind = regime_of(run.methods, step), shapes_of(batch)
+            tokens += times * batch["input_ids"].numel()
+            if kind not in costs:
+                costs[kind] = _cost_of(run, batch, device)
+            cost = costs[kind]
+            linear += times * cost.linear
             for layer, pairs in enumerate(_pairs(run.attention, batch)):
-                executed += cost.per_pair[layer] * pairs.executed
-                allowed += cost.per_pair_fused[layer] * pairs.allowed
-                dense += cost.per_pair_fused[layer] * pairs.dense
+                executed += times * cost.per_pair[layer] * pairs.executed
+                allowed += times * cost.per_pair_fused[layer] * pairs.allowed
+                dense += times * cost.per_pair_fused[layer] * pairs.dense
     unknown = sum((cost.unknown for cost in costs.values()), Counter[str]())
-    repeats = run.plan.steps // steps
     flops = Flops(
-        linear=linear * repeats,
-        attention_executed=executed * repeats,
-        attention_allowed=allowed * repeats,
-        attention_dense=dense * repeats,
+        linear=linear,
+        attention_executed=executed,
+        attention_allowed=allowed,
+        attention_dense=dense,
         incomplete=sorted(unknown),
     )
-    return flops, tokens * repeats
+    return flops, tokens
 
 
 def _pairs(attention: ModelAttention, batch: dict[str, Tensor]) -> list[PairCounts]:

@@ -213,11 +213,12 @@ class Run:
                 with self.meter.phase("eval"), run.attention.override(Dense()) if overridden else nullcontext():
                     if overridden not in read:
                         read[overridden] = evaluate(
-                            run.objective, run.data, split, settings.batch_size, run.accelerator
+                            run.objective, run.data, split, settings.batch_size, run.accelerator, settings.generation
                         )
-                quality = Quality(
-                    split=split, attention=attention, metrics=read[overridden], protocol=run.data.protocol(split)
-                )
+                protocol = run.data.protocol(split)
+                if settings.generation is not None:
+                    protocol["generation"] = settings.generation.model_dump()
+                quality = Quality(split=split, attention=attention, metrics=read[overridden], protocol=protocol)
                 self.done.quality.append(quality)
 
     def _steady(self, run: Build) -> None:

@@ -54,9 +54,9 @@ class Graphs:
     """Records each piece at its first use and replays it from then on.
 
     The first piece of its kernels is run eagerly, which compiles and tunes them; only then is anything recorded, and
-    recording runs nothing. There are as many graphs as pieces, and as many input buffers as shapes of a batch. All
-    graphs take their memory from one pool: they run one after the other and hand on nothing but what lives outside of
-    it.
+    recording runs nothing. There are as many graphs as pieces in each regime, and as many input buffers as shapes of a
+    batch. All graphs take their memory from one pool: they run one after the other and hand on nothing but what lives
+    outside of it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -72,11 +72,7 @@ class Graphs:
         return len(self._replays)
 
     def enter(self, regime: Hashable) -> None:
-        """Forget all graphs if they were recorded under another regime: methods have changed the operations."""
-        if regime != self.regime and self._replays:
-            self.recorder.renew()
-            self._replays.clear()
-            self._rehearsed.clear()
+        """Pieces run from now on are those of this regime: methods have changed the operations."""
         self.regime = regime
 
     def load(self, batch: Batch) -> Batch:
@@ -97,10 +93,11 @@ class Graphs:
         Raises:
             ConfigError: It cannot be recorded.
         """
-        key, known = (kernels, variant), kernels in self._rehearsed
+        rehearsal, key = (self.regime, kernels), (self.regime, kernels, variant)
+        known = rehearsal in self._rehearsed
         if not known:
             self.recorder.rehearse(piece)
-            self._rehearsed.add(kernels)
+            self._rehearsed.add(rehearsal)
         if key not in self._replays:
             self._replays[key] = self.recorder.record(piece)
         if known:
@@ -118,11 +115,6 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.temporary_bytes = 0
-        self.renew()
-
-    def renew(self) -> None:
-        """Begin a new pool before the graphs of the old one go: torch takes none again that lost its graphs."""
-        torch.cuda.synchronize()  # none of them may be running
         self.pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, piece: Piece) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loras_bench.catalog import DATASETS
 from loras_bench.config import EnergyConfig, EvaluationConfig, Experiment, canonical_hash
 from loras_bench.errors import ConfigError
 from loras_bench.requests import Device, RunRequest
@@ -80,11 +81,18 @@ def _check(experiment: Experiment, device: Device) -> None:
     bare = "" if device.triton else "triton is not installed"
     compiled = "it does not go with training.compile" if training.compile else ""
     shared = "" if device.processes == 1 else "a captured step cannot wait for other processes"
+    compares = (spec := DATASETS.get(experiment.data.name)) is not None and spec.final_answer is not None
+    numberless = "" if compares else f"the responses of `{experiment.data.name}` have no final number to compare"
     choices = (
         ("training.loss `fused`", training.loss == "fused", on_cpu or bare or compiled),
         ("model.implementation `fused`", experiment.model.implementation == "fused", on_cpu or bare or compiled),
         ("training.cuda_graph", training.cuda_graph, on_cpu or compiled or shared),
-        (f"data.packing `{packing}`", packing and training.batch_size is None, "it is for classification"),
+        (
+            f"data.packing `{packing}`",
+            packing and training.batch_size is None,
+            "it is for classification and instructions",
+        ),
+        ("evaluation.generation", experiment.evaluation.generation, numberless),
     )
     for choice, chosen, reason in choices:
         if chosen and reason:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loras_bench.build import Build
+from loras_bench.catalog import task_of
 from loras_bench.errors import UserError
 from loras_bench.metering.environment import collect_environment
 from loras_bench.metering.meter import Meter
@@ -55,7 +56,7 @@ class Measurements:
         self.describe_attention: Callable[[], dict[str, Any]] = dict
         self.chain_before_j: float | None = None
         self.facts: dict[str, Any] = {
-            "task": "language_modeling" if experiment.training.tokens_per_step else "classification",
+            "task": task_of(experiment.data) or "language_modeling",
             "model": experiment.model.name or experiment.model.run or "from scratch",
             "methods": [method.kind for method in experiment.methods],
         }

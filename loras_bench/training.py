@@ -7,8 +7,8 @@ same batches and a resumed run goes on where it stopped with nothing but the num
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,8 @@ def plan_steps(config: TrainingConfig, data: TaskData, sequence_length: int, see
     if data.task == "language_modeling":
         if config.tokens_per_step is None:
             raise ConfigError(
-                "training.batch_size is for classification", "give `tokens_per_step` for language modelling"
+                "training.batch_size is for classification and instructions",
+                "give `tokens_per_step` for language modelling",
             )
         rows_per_step, rest = divmod(config.tokens_per_step, sequence_length)
         if rest:
@@ -99,7 +100,8 @@ def plan_steps(config: TrainingConfig, data: TaskData, sequence_length: int, see
     else:
         if config.batch_size is None:
             raise ConfigError(
-                "training.tokens_per_step is for language modelling", "give `batch_size` for classification"
+                "training.tokens_per_step is for language modelling",
+                "give `batch_size` for classification and instructions",
             )
         rows_per_step = config.batch_size
     micro_rows = config.micro_batch_size or rows_per_step
@@ -129,12 +131,36 @@ def _mean_tokens(data: TaskData) -> float:
 
 
 def plan_batches(
-    data: TaskData, plan: StepPlan, step: int, rank: int = 0, processes: int = 1
+    data: TaskData, plan: StepPlan, step: int, rank: int = 0, processes: int = 1, methods: Sequence[Method[Any]] = ()
 ) -> list[dict[str, Tensor]]:
-    """The micro-batches of a step, on the CPU: of the rows of each, those of one process."""
+    """The micro-batches of a step, on the CPU: of the rows of each, those of one process; with what methods add."""
     indices, taken = plan.indices(step), plan.micro_rows
     starts = range(0, len(indices), taken)
-    return [data.collate("train", indices[at : at + taken][rank::processes]) for at in starts]
+    batches = [data.collate("train", indices[at : at + taken][rank::processes]) for at in starts]
+    for batch in batches:
+        for method in methods:
+            batch |= method.batch_tensors(batch)
+    return batches
+
+
+def regime_of(methods: Sequence[Method[Any]], step: int) -> tuple[Hashable | None, ...]:
+    """Steps of one regime run the same operations on batches of the same shapes."""
+    return tuple(method.graph_key(step) for method in methods)
+
+
+def steps_that_differ(data: TaskData, plan: StepPlan, methods: Sequence[Method[Any]]) -> dict[int, int]:
+    """Steps that stand for all of the plan, and how many steps each stands for.
+
+    Blocks of language modelling all have one shape: there, the first step of each regime stands for it. But for those
+    in whose batches methods tell tokens apart.
+    """
+    one_shape = data.task == "language_modeling" and not any(
+        method.batch_tensors(batch) for batch in plan_batches(data, plan, 0) for method in methods
+    )
+    if not one_shape:
+        return dict.fromkeys(range(plan.steps), 1)
+    regimes = [regime_of(methods, step) for step in range(plan.steps)]
+    return {regimes.index(regime): times for regime, times in Counter(regimes).items()}
 
 
 class LossLog:
@@ -205,7 +231,7 @@ class Loop:
         runner, processes = self._runner(step), self.accelerator.num_processes
         # Data-parallel gradients are averaged over processes, so each process scales its sum up by their number.
         self._share.fill_(processes / self.data.target_count("train", self.plan.indices(step)))
-        batches = plan_batches(self.data, self.plan, step, self.accelerator.process_index, processes)
+        batches = plan_batches(self.data, self.plan, step, self.accelerator.process_index, processes, self.methods)
         for number, batch in enumerate(batches):
             inputs, first = runner.load(batch), number == 0
             runner.run(shapes_of(batch), first, partial(self._micro_step, inputs, first, len(batches)))
@@ -221,7 +247,7 @@ class Loop:
         return mean
 
     def _runner(self, step: int) -> Runner:
-        regime = tuple(method.graph_key(step) for method in self.methods)
+        regime = regime_of(self.methods, step)
         if self.graphs is None or any(key is None for key in regime):
             return self._eager
         self.graphs.enter(regime)

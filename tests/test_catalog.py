@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from loras_bench.catalog import DATASETS, MODELS, locate_data, locate_model
+from loras_bench.catalog import DATASETS, MODELS, locate_data, locate_model, task_of
 from loras_bench.config import DataConfig
 from loras_bench.errors import ConfigError, UserError
 
@@ -143,3 +143,40 @@ def test_hub_models_need_a_revision():
         locate_model("owner/name")
     with pytest.raises(ConfigError, match="did you mean `minilm-l6`"):
         locate_model("minilm-l66")
+
+
+def test_sets_of_one_folder_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAS_BENCH_DATA", str(tmp_path))
+    for name in ("arc-easy_train.jsonl.xz", "arc-easy_test.jsonl.xz", "boolq_train.jsonl.xz"):
+        touch(tmp_path / "llm-adapters-commonsense" / name)
+    files = locate_data(data("arc-e")).files
+    assert {split: path.name for split, path in files.items()} == {
+        "train": "arc-easy_train.jsonl.xz",
+        "test": "arc-easy_test.jsonl.xz",
+    }
+    assert list(locate_data(data("boolq-without-passages")).files) == ["train"]
+    with pytest.raises(UserError) as caught:
+        locate_data(data("arc-c"))
+    assert "llm-adapters-commonsense/arc-challenge_train.jsonl" in str(caught.value.hint)
+
+
+def test_prompted_sets_are_read_from_the_folder_of_their_texts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAS_BENCH_DATA", str(tmp_path))
+    touch(tmp_path / "sst2" / "train.jsonl")
+    assert locate_data(data("sst2-prompted")).files == locate_data(data("sst2")).files
+
+
+def test_instructions_of_ones_own_need_two_fields(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAS_BENCH_DATA", str(tmp_path))
+    touch(tmp_path / "mine" / "train.jsonl")
+    assert locate_data(data("mine", task="instruction")).spec.text_fields == ("prompt", "response")
+    with pytest.raises(ConfigError, match="names 1 fields"):
+        locate_data(data("mine", task="instruction", text_fields=("text",)))
+    with pytest.raises(ConfigError, match="task instruction"):
+        locate_data(data("mine", task="instruction", label_field="label"))
+
+
+def test_the_task_is_known_without_looking_for_the_data():
+    assert task_of(data("gsm8k")) == "instruction"
+    assert task_of(data("mine", task="classification")) == "classification"
+    assert task_of(data("mine")) is None

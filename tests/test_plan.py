@@ -210,6 +210,21 @@ def test_a_run_is_claimed_once_and_not_when_it_was_finished_since(experiment, tm
         pass
 
 
+def test_generation_needs_responses_with_a_final_number(experiment):
+    evaluation = {"generation": {"rows": 10}}
+    with pytest.raises(ConfigError, match=r"evaluation\.generation: the responses of `python-topics`"):
+        resolve(experiment(evaluation=evaluation), CPU)
+    problems = experiment(data={"name": "gsm8k"}, evaluation=evaluation)
+    assert resolve(problems, CPU).evaluation.generation.new_tokens == 256
+
+
+def test_the_hash_of_a_run_that_generates_nothing_knows_nothing_of_generation(experiment):
+    assert "generation" not in experiment().model_dump()["evaluation"]
+    problems = experiment(data={"name": "gsm8k"}, evaluation={"generation": {"rows": 10}})
+    assert problems.model_dump()["evaluation"]["generation"] == {"rows": 10, "new_tokens": 256}
+    assert type(problems).model_validate(problems.model_dump(mode="json")) == problems
+
+
 # --- blocks
 
 

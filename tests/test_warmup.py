@@ -71,7 +71,7 @@ def test_warm_up_leaves_no_trace(arm: str, trained: int) -> None:
 
 def test_every_shape_of_a_batch_is_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts are padded to multiples of 64; here to multiples of 8, so that there are several shapes."""
-    monkeypatch.setattr("loras_bench.data.classification.PADDING_MULTIPLE", 8)
+    monkeypatch.setattr("loras_bench.data.packing.PADDING_MULTIPLE", 8)
     run = built(data=MOODS, training={"batch_size": 4, "micro_batch_size": 1})
     shapes = {tuple(b["input_ids"].shape) for s in range(run.plan.steps) for b in plan_batches(run.data, run.plan, s)}
     assert len(shapes) > 2
@@ -87,7 +87,7 @@ def test_every_shape_of_a_batch_is_warmed_up(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("arm", [{}, {"data": MOODS, "training": {"batch_size": 4, "micro_batch_size": 1}}])
 def test_nothing_is_captured_after_warm_up(arm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shape as the first and as a later part of a step; and the replayed run is the eager one."""
-    monkeypatch.setattr("loras_bench.data.classification.PADDING_MULTIPLE", 8)
+    monkeypatch.setattr("loras_bench.data.packing.PADDING_MULTIPLE", 8)
     run, eager = built(**arm), built(**arm)
     run.loop.graphs = Graphs(run.loop.device)
     warm_up(run, lambda phase: None)

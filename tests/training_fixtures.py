@@ -63,11 +63,11 @@ def tiny(family: str, seed: int = 0, **options: Any) -> Any:
             gpt2 = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH, "n_positions": 64, "n_inner": INNER}
             dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
             kind = GPT2LMHeadModel if family == "gpt2" else GPT2ForSequenceClassification
-            return kind(GPT2Config(**common, **(gpt2 | dropouts | options), num_labels=3))
+            return kind(GPT2Config(**(common | gpt2 | dropouts | options), num_labels=3))
         case "llama" | "llama-classifier":
             llama = sizes | {"intermediate_size": INNER, "num_key_value_heads": 2}
             made = LlamaForCausalLM if family == "llama" else LlamaForSequenceClassification
-            return made(LlamaConfig(**common, **(llama | options), num_labels=3))
+            return made(LlamaConfig(**(common | llama | options), num_labels=3))
         case "bert":
             return BertForSequenceClassification(BertConfig(**common, **(encoder | options)))
         case "roberta":

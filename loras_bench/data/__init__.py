@@ -1,6 +1,7 @@
-"""The data of a run, ready for the step loop: one interface for language modelling and classification.
+"""The data of a run, ready for the step loop: one interface for language modelling, classification and instructions.
 
-Reading goes one way: catalog (where) -> sources (texts and labels) -> language_modeling or classification (batches).
+Reading goes one way: catalog (where) -> sources (texts and labels) -> language_modeling, classification or instruction
+(batches).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class TaskData(ABC):
 
     @abstractmethod
     def rows(self, split: str) -> int:
-        """Number of rows: packed blocks, or labelled texts."""
+        """Number of rows: packed blocks, labelled texts, or prompts with their responses."""
 
     @abstractmethod
     def collate(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
@@ -66,11 +67,12 @@ class TaskData(ABC):
 
         Returns:
             `input_ids` int64 (batch, length); `targets` int64, (batch, length) with -100 where nothing is predicted for
-            language modelling, (batch,) for classification; `attention_mask` bool (batch, length), True on real
-            tokens, only where the batch has padding that a model must not see; `token_type_ids` int64 (batch, length)
-            for pairs of texts under tokenizers that tell the two apart. Packed documents are one row: `input_ids` and
-            the like are (1, length), with `attention_mask` always, `document_ids` and `position_ids` int64 (1, length)
-            and `starts` and `ends` int64 (documents,), the places of each document's first and last token.
+            language modelling and instructions, (batch,) for classification; `attention_mask` bool (batch, length),
+            True on real tokens, only where the batch has padding that a model must not see; `token_type_ids` int64
+            (batch, length) for pairs of texts under tokenizers that tell the two apart. Packed documents are one row:
+            `input_ids` and the like are (1, length), with `attention_mask` always, `document_ids` and `position_ids`
+            int64 (1, length), and for classification `starts` and `ends` int64 (documents,), the places of each
+            document's first and last token.
         """
 
     @abstractmethod
@@ -104,14 +106,16 @@ def load_data(
     Raises:
         UserError: The data set is not found or not readable, or has no such split; the message says where it looked.
     """
-    # Late, because both build on TaskData.
+    # Late, because all build on TaskData.
     from loras_bench.data.classification import LabelledTexts
+    from loras_bench.data.instruction import Instructions
     from loras_bench.data.language_modeling import PackedText
 
     source = read_source(config)
     if source.spec.task == "language_modeling":
         return PackedText(source, tokenizer, config.sequence_length, splits)
-    return LabelledTexts(source, tokenizer, config.sequence_length, splits, packed=config.packing == "packed")
+    kind = LabelledTexts if source.spec.task == "classification" else Instructions
+    return kind(source, tokenizer, config.sequence_length, splits, packed=config.packing == "packed")
 
 
 def training_texts(config: DataConfig) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loras_bench.catalog import Task
 from loras_bench.data import TaskData
-from loras_bench.data.packing import WIDTH_MULTIPLE, pack
+from loras_bench.data.packing import pack, pad, padding_of
 from loras_bench.data.sources import Source, Split
 from loras_bench.data.tokens import cached_arrays, encoder_of
 from loras_bench.errors import UserError
@@ -20,9 +20,6 @@ from loras_bench.errors import UserError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-PADDING_MULTIPLE = 64
-"""Batches are padded to a multiple of this: few different shapes, and whole blocks for sparse kernels."""
 
 
 class LabelledTexts(TaskData):
@@ -76,20 +73,12 @@ class LabelledTexts(TaskData):
             source_bs, real_bs = row.source_1s, row.real_1s
             batch |= row.inputs()
         else:
-            source_bs, real_bs = self._padded(starts_b, lengths_b)
+            source_bs, real_bs = pad(starts_b, lengths_b, self.sequence_length)
             batch |= {} if real_bs.all() else {"attention_mask": real_bs}
         batch["input_ids"] = np.where(real_bs, rows["ids"][source_bs], self._padding).astype(np.int64)
         if self._segments:
             batch["token_type_ids"] = np.where(real_bs, rows["segments"][source_bs], 0).astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-    def _padded(self, starts_b: np.ndarray, lengths_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows side by side: which token each place reads, int64 (batch, length), and whether it is a real one."""
-        rounded = -(-int(lengths_b.max()) // PADDING_MULTIPLE) * PADDING_MULTIPLE
-        # Not past sequence_length: learned position embeddings may end there.
-        columns_s = np.arange(min(rounded, self.sequence_length))
-        real_bs = columns_s < lengths_b[:, None]
-        return np.where(real_bs, starts_b[:, None] + columns_s, 0), real_bs
 
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
         return int(self._rows[split]["lengths"][np.asarray(indices, dtype=np.int64)].sum())
@@ -112,9 +101,7 @@ class LabelledTexts(TaskData):
             "truncated_rows": truncated,
             "truncated_share": truncated / self.rows(split),
             "label_counts": dict(zip(self.label_names, counts.tolist(), strict=True)),
-            "padding": f"none: rows packed into one, its end filled up to a multiple of {WIDTH_MULTIPLE}"
-            if self._packed
-            else f"right, to the longest row of the batch, rounded up to a multiple of {PADDING_MULTIPLE}",
+            "padding": padding_of(self._packed),
         }
 
 

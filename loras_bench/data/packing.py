@@ -1,4 +1,7 @@
-"""Documents packed one after the other into one row: no padding between them, and no attention across them."""
+"""How the documents of a batch are laid out: one after the other in one row, or side by side with padding.
+
+Packed documents have no padding between them, and no attention across them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ WIDTH_MULTIPLE = 256
 The fill is 128 tokens a batch on average. Of IMDB's training in batches of 32 reviews it is 1.5 % of the real tokens,
 in 19 widths; padding every batch to its longest review adds 86 %.
 """
+
+PADDING_MULTIPLE = 64
+"""Padded batches are as wide as a multiple of this: few different shapes, and whole blocks for sparse kernels."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,17 @@ class PackedRow:
     last_b: np.ndarray
     """The place of each document's last token."""
 
-    def inputs(self) -> dict[str, np.ndarray]:
+    def places(self) -> dict[str, np.ndarray]:
         """What a model and its attention read beside the tokens; always all of it, so that no batch is special."""
         return {
             "attention_mask": self.real_1s,
             "document_ids": self.document_1s,
             "position_ids": self.position_1s,
-            "starts": self.first_b,
-            "ends": self.last_b,
         }
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """`places`, and where the documents begin and end: what a classifier reads."""
+        return {**self.places(), "starts": self.first_b, "ends": self.last_b}
 
 
 def pack(starts_b: np.ndarray, lengths_b: np.ndarray) -> PackedRow:
@@ -61,3 +69,24 @@ def pack(starts_b: np.ndarray, lengths_b: np.ndarray) -> PackedRow:
     position_1s = np.where(real_1s, places_1s - first_b[known_1s], 0)
     source_1s = np.where(real_1s, starts_b[known_1s] + position_1s, 0)
     return PackedRow(source_1s, real_1s, document_1s, position_1s, first_b, after_b - 1)
+
+
+def pad(starts_b: np.ndarray, lengths_b: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lay documents side by side: which token each place reads, int64 (b, s), and whether it is a real one, bool.
+
+    Args:
+        starts_b: As for `pack`.
+        lengths_b: As for `pack`, at most `longest`.
+        longest: The batch is no wider than this: learned position embeddings may end there.
+    """
+    rounded = -(-int(lengths_b.max()) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    columns_s = np.arange(min(rounded, longest))
+    real_bs = columns_s < lengths_b[:, None]
+    return np.where(real_bs, starts_b[:, None] + columns_s, 0), real_bs
+
+
+def padding_of(packed: bool) -> str:
+    """The layout in words, for the record."""
+    if packed:
+        return f"none: rows packed into one, its end filled up to a multiple of {WIDTH_MULTIPLE}"
+    return f"right, to the longest row of the batch, rounded up to a multiple of {PADDING_MULTIPLE}"

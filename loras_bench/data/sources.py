@@ -25,23 +25,30 @@ Table = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Split:
-    """One split: `columns` holds one list of texts per text field, `labels` one class index per row."""
+    """One split: `columns` holds one list of texts per text field, `labels` one class index per row.
+
+    The columns of instructions are prompts and responses. `choices` are the responses that a prompt allows, where they
+    are few; the label is then the index of the right one.
+    """
 
     columns: tuple[list[str], ...]
     labels: list[int] | None = None
+    choices: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.columns[0])
 
     def take(self, indices: Sequence[int]) -> Split:
         columns = tuple([column[i] for i in indices] for column in self.columns)
-        return Split(columns, None if self.labels is None else [self.labels[i] for i in indices])
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return Split(columns, labels, None if self.choices is None else [self.choices[i] for i in indices])
 
     @cached_property
     def sha256(self) -> str:
-        """Of the rows in order, texts and labels."""
+        """Of the rows in order: texts, labels and choices."""
         digest = hashlib.sha256()
-        for row in zip(*self.columns, *([] if self.labels is None else [self.labels]), strict=True):
+        rest = [column for column in (self.labels, self.choices) if column is not None]
+        for row in zip(*self.columns, *rest, strict=True):
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
@@ -90,10 +97,9 @@ def read_source(config: DataConfig) -> Source:
     else:
         tables = _read_hub(location) if location.hub else _read_files(location)
         if spec.label_field and not label_names:
-            label_names = tuple(
-                sorted({str(label) for label in _column(spec, "train", tables["train"], spec.label_field)})
-            )
-        splits = {name: _split(spec, name, table, label_names) for name, table in tables.items()}
+            labels = _column(location, "train", tables["train"], spec.label_field)
+            label_names = tuple(sorted({str(label) for label in labels}))
+        splits = {name: _split(location, name, table, label_names) for name, table in tables.items()}
     if config.validation_rows is None:
         how = "the data set's own split" if "validation" in splits else "none"
         return Source(spec, location.origin, splits, label_names, how)
@@ -136,9 +142,23 @@ def _read_files(location: DataLocation) -> dict[str, Table]:
                 tables[split] = {"text": [_read_text(path)]}
         except Exception as error:  # whatever a library says of a broken file, the user must learn which file
             raise UserError(
-                f"cannot read {path}: {_first_line(error)}", "is the file complete and in UTF-8?"
+                f"cannot read {path}{_broken_line(path)}: {_first_line(error)}", "is the file complete and in UTF-8?"
             ) from error
     return tables
+
+
+def _broken_line(path: Path) -> str:
+    """` line N` of JSON Lines that cannot be parsed; nothing where the trouble is another."""
+    number = 0
+    try:
+        for number, line in enumerate(_read_text(path).split("\n"), start=1):  # noqa: B007 (read when it fails)
+            if line.strip():
+                json.loads(line)
+    except json.JSONDecodeError:
+        return f" line {number}" if ".jsonl" in path.suffixes else ""
+    except (OSError, EOFError, ValueError, lzma.LZMAError):
+        pass
+    return ""
 
 
 def _read_text(path: Path) -> str:
@@ -175,30 +195,51 @@ def _read_hub(location: DataLocation) -> dict[str, Table]:
     return tables
 
 
-def _split(spec: DatasetSpec, name: str, table: Table, label_names: Sequence[str]) -> Split:
-    columns = tuple(list(_column(spec, name, table, text_field)) for text_field in spec.text_fields)
+def _split(location: DataLocation, name: str, table: Table, label_names: Sequence[str]) -> Split:
+    spec = location.spec
+    columns = tuple(list(_column(location, name, table, text_field)) for text_field in spec.text_fields)
     for text_field, column in zip(spec.text_fields, columns, strict=True):
         if wrong := [i for i, text in enumerate(column) if not isinstance(text, str)]:
-            raise UserError(f"`{spec.name}` {name} row {wrong[0]}: `{text_field}` is no text", "mend or remove the row")
-    if spec.label_field is None:
-        return Split(columns)
+            raise UserError(f"{_place(location, name, wrong[0])}: `{text_field}` is no text", "mend or remove the row")
+    split = Split(columns)
+    if spec.label_field is not None:
+        split = Split(columns, _labels(location, name, table, label_names))
+    if spec.task == "instruction":
+        from loras_bench.data.prompts import as_instructions
+
+        return as_instructions(spec, split, label_names, lambda row: _place(location, name, row))
+    return split
+
+
+def _labels(location: DataLocation, split: str, table: Table, label_names: Sequence[str]) -> list[int]:
+    """The class index of each row."""
+    spec = location.spec
+    assert spec.label_field is not None
     # The catalog's labels are indices; those of other sets may be anything, and are numbered by name.
     known = (
         {str(i): i for i in range(len(label_names))} if spec.label_names else {n: i for i, n in enumerate(label_names)}
     )
-    labels = [str(label) for label in _column(spec, name, table, spec.label_field)]
-    if unknown := set(labels) - set(known):
+    labels = [str(label) for label in _column(location, split, table, spec.label_field)]
+    if wrong := [i for i, label in enumerate(labels) if label not in known]:
         raise UserError(
-            f"`{spec.name}` {name} has the label {min(unknown)}, which is not one of: {', '.join(known)}",
+            f"{_place(location, split, wrong[0])} has the label {labels[wrong[0]]}, which is not one of: "
+            + ", ".join(known),
             "a split without public labels cannot be used",
         )
-    return Split(columns, [known[label] for label in labels])
+    return [known[label] for label in labels]
 
 
-def _column(spec: DatasetSpec, split: str, table: Table, name: str) -> Sequence[Any]:
+def _column(location: DataLocation, split: str, table: Table, name: str) -> Sequence[Any]:
     if name not in table:
-        raise UserError(f"`{spec.name}` {split} has no field `{name}`", f"its fields: {', '.join(table)}")
+        raise UserError(f"{_place(location, split)} has no field `{name}`", f"its fields: {', '.join(table)}")
     return table[name]
+
+
+def _place(location: DataLocation, split: str, row: int | None = None) -> str:
+    """Where a split, or a row of it, was read: the file and its line, or the hub's split and the row's number."""
+    path = location.files.get(split)
+    place = str(path) if path else f"`{location.spec.name}` {split}"
+    return place if row is None else f"{place} line {row + 1}" if path else f"{place} row {row}"
 
 
 def _first_line(error: Exception) -> str:

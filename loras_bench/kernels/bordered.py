@@ -5,8 +5,11 @@ With u = x A^T in the border of x, base and adapter are one matrix product: [x |
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ALIGNMENT = 16
 """Row strides are multiples of this many elements: what wide loads, cuBLAS and Triton's specialisation ask for."""
@@ -33,3 +36,29 @@ def with_border(x_nd: Tensor, border: int) -> Tensor | None:
 
 def _stride(width: int, border: int) -> int:
     return -(-(width + border) // ALIGNMENT) * ALIGNMENT
+
+
+def take_rows(x_td: Tensor, order_t: Tensor, place_t: Tensor, border: int = 0) -> Tensor:
+    """The rows of x in another order, with room beside them.
+
+    Args:
+        x_td: One token a row.
+        order_t: int64, the row of x that each row of the result is; every row once.
+        place_t: int64, its inverse: where each row of x goes.
+        border: Spare columns beside the result, for the linear layer that reads it.
+    """
+    taken_td: Tensor = _TakeRows.apply(x_td, order_t, place_t, border)
+    return taken_td
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_td: Tensor, order_t: Tensor, place_t: Tensor, border: int) -> Tensor:
+        ctx.save_for_backward(place_t)
+        return torch.index_select(x_td, 0, order_t, out=bordered(len(x_td), x_td.shape[1], border, x_td))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_td: Tensor) -> tuple[Tensor | None, ...]:
+        (place_t,) = ctx.saved_tensors
+        return dy_td.index_select(0, place_t), None, None, None

@@ -12,7 +12,7 @@ one pair of functions serves both. u and v lie in the borders of x and dy where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,15 @@ class LinearGroup:
     Attributes:
         widths: Outputs of each module; the group's output holds them side by side.
         border: Spare columns that x and dy should have: the sum of the ranks, rounded up; 0 without adapters.
+        slots: Where each parameter lies in the matrix.
     """
 
-    def __init__(self, layers: Sequence[_Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         self.widths = [layer.shape[0] for layer in layers]
         self.border = -(-sum(layer.rank for layer in layers) // RANK_MULTIPLE) * RANK_MULTIPLE
         self._layers = layers
-        self._slots = _slots(layers)
-        self._packed: _Packed | None = None
+        self.slots = _slots(layers)
+        self._packed: Packed | None = None
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> LinearGroup:
@@ -55,12 +56,12 @@ class LinearGroup:
         """
         if reason := why_not(modules):
             raise ValueError(reason)
-        return cls([_read(module) for module in modules])
+        return cls([read_layer(module) for module in modules])
 
     def pack(self) -> None:
         """Move the parameters into one bordered matrix, and the biases into one vector."""
-        first = self._slots[0].parameter
-        if any((slot.parameter.dtype, slot.parameter.device) != (first.dtype, first.device) for slot in self._slots):
+        first = self.slots[0].parameter
+        if any((slot.parameter.dtype, slot.parameter.device) != (first.dtype, first.device) for slot in self.slots):
             raise ValueError("base and adapters differ in type or device: pack after the model is cast and moved")
         outputs, inputs = sum(self.widths), self._layers[0].shape[1]
         shape = outputs + self.border, inputs + self.border
@@ -75,16 +76,16 @@ class LinearGroup:
             "b": matrix[:outputs, inputs:],
             "bias": first.new_zeros(outputs, requires_grad=False),
         }
-        for slot in self._slots:
+        for slot in self.slots:
             place = slot.of(blocks[slot.block])
             place.copy_(slot.parameter.data)
             slot.parameter.data = place
         bias_n = blocks["bias"] if any(layer.bias is not None for layer in self._layers) else None
-        self._packed = _Packed(matrix, bias_n, self.border, self._scaling(matrix))
+        self._packed = Packed(matrix, bias_n, self.border, self._scaling(matrix))
 
     def unpack(self) -> None:
         """Give every parameter contiguous storage of its own again."""
-        for slot in self._slots:
+        for slot in self.slots:
             slot.parameter.data = slot.parameter.data.clone(memory_format=torch.contiguous_format)
         self._packed = None
 
@@ -94,11 +95,20 @@ class LinearGroup:
         Without `wants_output` nothing but what the gradients need is computed, and the outputs may be anything: for
         recomputation under checkpointing, where nobody reads those of the last product.
         """
+        y_tn: Tensor = _GroupProduct.apply(x.flatten(0, -2), self.packed, self.slots, wants_output, *self.parameters)
+        return y_tn.view(*x.shape[:-1], -1)
+
+    @property
+    def packed(self) -> Packed:
+        """The matrix that the group's products read (kernels/sliced.py takes parts of it)."""
         if self._packed is None:
             raise RuntimeError("pack the group before it is called")
-        parameters = [slot.parameter for slot in self._slots]
-        y_tn: Tensor = _GroupProduct.apply(x.flatten(0, -2), self._packed, self._slots, wants_output, *parameters)
-        return y_tn.view(*x.shape[:-1], -1)
+        return self._packed
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """In the order of the slots."""
+        return [slot.parameter for slot in self.slots]
 
     def _scaling(self, matrix: Tensor) -> float | Tensor:
         """One factor where the adapters agree, for the product's alpha; else one for each column of the border."""
@@ -120,7 +130,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             return f"{type(base).__name__} is not a plain linear layer"
         if type(module) is LoraLinear and (reason := _why_not_adapted(module)):
             return reason
-    if len({_read(module).shape[1] for module in modules}) != 1:
+    if len({read_layer(module).shape[1] for module in modules}) != 1:
         return "the layers differ in their number of inputs"
     return None
 
@@ -141,7 +151,7 @@ def _why_not_adapted(module: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """What one module computes with; its adapter is `a` (r, k) and `b` (n, r)."""
 
     weight: nn.Parameter
@@ -162,18 +172,18 @@ class _Layer:
         return 0 if self.a is None else len(self.a)
 
 
-def _read(module: Any) -> _Layer:
+def read_layer(module: Any) -> Layer:
     base = getattr(module, "base_layer", module)
     transposed = isinstance(base, Conv1D)
     if base is module:
-        return _Layer(base.weight, transposed, base.bias)
+        return Layer(base.weight, transposed, base.bias)
     (name,) = (name for name in module.active_adapters if name in module.lora_A)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return _Layer(base.weight, transposed, base.bias, a, b, float(module.scaling[name]))
+    return Layer(base.weight, transposed, base.bias, a, b, float(module.scaling[name]))
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """Where a parameter lies in its block (`weight`, `bias`, `a` or `b`), and its gradient in that of the block."""
 
     parameter: nn.Parameter
@@ -186,23 +196,23 @@ class _Slot:
         return part.t() if self.transposed else part
 
 
-def _slots(layers: Sequence[_Layer]) -> list[_Slot]:
+def _slots(layers: Sequence[Layer]) -> list[Slot]:
     """Rows of W, of B and of the bias by layer, one below the other; rows of A and columns of B by adapter."""
     slots, output, column = [], 0, 0
     for layer in layers:
         rows, ranks = slice(output, output + layer.shape[0]), slice(column, column + layer.rank)
-        slots.append(_Slot(layer.weight, "weight", (rows,), layer.transposed))
+        slots.append(Slot(layer.weight, "weight", (rows,), layer.transposed))
         if layer.bias is not None:
-            slots.append(_Slot(layer.bias, "bias", (rows,)))
+            slots.append(Slot(layer.bias, "bias", (rows,)))
         if layer.a is not None and layer.b is not None:
-            slots.append(_Slot(layer.a, "a", (ranks,)))
-            slots.append(_Slot(layer.b, "b", (rows, ranks)))
+            slots.append(Slot(layer.a, "a", (ranks,)))
+            slots.append(Slot(layer.b, "b", (rows, ranks)))
         output, column = rows.stop, ranks.stop
     return slots
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """M (n + r, k + r), the bias (n), and the factor of the adapters: one number, or one for each of the r columns."""
 
     matrix: Tensor
@@ -216,11 +226,11 @@ class _GroupProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_tk: Tensor, packed: _Packed, slots: list[_Slot], wants_output: bool, *parameters: Tensor
+        ctx: Any, x_tk: Tensor, packed: Packed, slots: list[Slot], wants_output: bool, *parameters: Tensor
     ) -> Tensor:
         across = packed.matrix.t()
-        u_tr = _low_rank(x_tk, across, packed)
-        wanted = {slot.block for slot, needed in zip(slots, ctx.needs_input_grad[4:], strict=True) if needed}
+        u_tr = low_rank(x_tk, across, packed)
+        wanted = blocks_of(slots, ctx.needs_input_grad[4:])
         # detached: autograd takes a write into the border of a view for a write into x, and would refuse to go on
         kept_tk = x_tk.detach() if wanted & {"weight", "a"} else None
         ctx.save_for_backward(kept_tk, u_tr if "b" in wanted else None)
@@ -234,7 +244,7 @@ class _GroupProduct(torch.autograd.Function):
     def backward(ctx: Any, dy_tn: Tensor) -> tuple[Tensor | None, ...]:
         x_tk, u_tr = ctx.saved_tensors
         packed, wanted, wants_dx = ctx.packed, ctx.wanted, ctx.needs_input_grad[0]
-        v_tr = _low_rank(dy_tn, packed.matrix, packed) if wants_dx or "a" in wanted else None
+        v_tr = low_rank(dy_tn, packed.matrix, packed) if wants_dx or "a" in wanted else None
         dx_tk = _product(dy_tn, v_tr, packed.matrix, None) if wants_dx else None
         blocks: dict[str, Tensor] = {}
         if "weight" in wanted:
@@ -247,12 +257,20 @@ class _GroupProduct(torch.autograd.Function):
             blocks["a"] = torch.mm(v_tr.t(), x_tk)
         if "b" in wanted:
             blocks["b"] = torch.mm(u_tr.t(), dy_tn).t()
-        needs = zip(ctx.slots, ctx.needs_input_grad[4:], strict=True)
-        gradients = [slot.of(blocks[slot.block]) if needed else None for slot, needed in needs]
-        return dx_tk, None, None, None, *gradients
+        return dx_tk, None, None, None, *gradients_of(ctx.slots, ctx.needs_input_grad[4:], blocks)
 
 
-def _low_rank(x_tk: Tensor, m: Tensor, packed: _Packed) -> Tensor | None:
+def blocks_of(slots: Sequence[Slot], needed: Sequence[bool]) -> set[str]:
+    """The blocks of which a parameter's gradient is asked for."""
+    return {slot.block for slot, asked in zip(slots, needed, strict=True) if asked}
+
+
+def gradients_of(slots: Sequence[Slot], needed: Sequence[bool], blocks: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """Each parameter's gradient, a view of that of its block; None where it is not asked for."""
+    return [slot.of(blocks[slot.block]) if asked else None for slot, asked in zip(slots, needed, strict=True)]
+
+
+def low_rank(x_tk: Tensor, m: Tensor, packed: Packed) -> Tensor | None:
     """The product u (t, r) = s x m[:k, n:], in the border of x, if it has one; None without adapters. m is M or M^T."""
     if packed.border == 0:
         return None

@@ -6,6 +6,7 @@ from typing import Union
 
 from loras_bench.methods.lora import Lora, LoraConfig
 from loras_bench.methods.sparse_attention import SparseAttention, SparseAttentionConfig
+from loras_bench.methods.sparse_lora import SparseLora, SparseLoraConfig
 
-MethodUnion = Union[LoraConfig, SparseAttentionConfig]  # noqa: UP007 (pydantic reads it at run time)
-METHODS = {"lora": Lora, "sparse_attention": SparseAttention}
+MethodUnion = Union[LoraConfig, SparseAttentionConfig, SparseLoraConfig]  # noqa: UP007 (pydantic reads it at run time)
+METHODS = {"lora": Lora, "sparse_attention": SparseAttention, "sparse_lora": SparseLora}

@@ -105,11 +105,21 @@ class Method(ABC, Generic[C]):
         """Groups of `params`, and where they differ `lr` and `weight_decay`; the loop takes the rest."""
         return []
 
+    def plan(self, steps: int) -> None:
+        """Told once how many optimizer steps the run has."""
+
+    def batch_tensors(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors to go with a training batch to the device, from what `TaskData.collate` made, on the CPU.
+
+        Their shapes may depend on the data: a step is captured for each combination of shapes that comes.
+        """
+        return {}
+
     def before_step(self, step: int) -> None:
         """Called before each optimizer step; writes device tensors only, so that a captured step sees them."""
 
     def graph_key(self, step: int) -> Hashable | None:
-        """A change of key means that a captured step must be captured again; None means eager steps only."""
+        """Steps of different keys are captured apart, as their operations differ; None means an eager step."""
         return ()
 
     def loss_terms(self, taps: Taps) -> Mapping[str, Tensor]:

@@ -60,7 +60,7 @@ def load_model(
 
     Args:
         config: The `model` section; `name` may be the folder of a saved model; `run` is not handled here.
-        task: Language modelling needs a decoder; classification takes any family and a new head.
+        task: Language modelling and instructions need a decoder; classification takes any family and a new head.
         tokenizer: Gives the vocabulary size and the padding token.
         num_labels: Number of classes; read for classification only.
         seed: Of the random weights.
@@ -186,9 +186,10 @@ def _check_family(hf_config: PretrainedConfig, task: Task) -> None:
         raise ConfigError(
             f"models of the family `{hf_config.model_type}` are not supported", f"supported: {', '.join(FAMILIES)}"
         )
-    if task == "language_modeling" and hf_config.model_type in ENCODER_FAMILIES:
+    if task != "classification" and hf_config.model_type in ENCODER_FAMILIES:
         raise ConfigError(
-            f"`{hf_config.model_type}` models read in both directions and cannot do language modelling",
+            f"`{hf_config.model_type}` models read in both directions and cannot do language modelling, "
+            "nor answer prompts",
             "use a gpt2 or llama model, or a classification data set",
         )
 
@@ -205,7 +206,7 @@ def _fit_to_task(hf_config: PretrainedConfig, task: Task, tokenizer: PreTrainedT
 def _auto_class(task: Task) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return AutoModelForCausalLM if task == "language_modeling" else AutoModelForSequenceClassification
+    return AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
 
 
 def _origin(location: ModelLocation) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class PreviousRun:
         """
         if (self.folder / MODEL).is_dir():
             return self._with_label(_load(ModelConfig(name=str(self.folder / MODEL)), data, seed, self.tokenizer))
-        if self.record.task != data.task:
+        if (self.record.task == "classification") != (data.task == "classification"):  # the others share their head
             raise ConfigError(
                 f"{self.folder}: adapters of {self.record.task} do not fit {data.task}", "go on from a full model"
             )

@@ -110,7 +110,10 @@ class Panel:
     @property
     def quality(self) -> Quantity:
         """The task's metric, evaluated as trained."""
-        return Quantity(QUALITY_OF_TASK[self.key.task], evaluated_split(self.records))
+        split = evaluated_split(self.records)
+        choices = [Quantity(name, split) for name in QUALITY_OF_TASK[self.key.task]]
+        read = (one for one in choices if any(one.read(record) is not None for record in self.records))
+        return next(read, choices[0])
 
 
 def build_panels(records: Iterable[Record]) -> list[Panel]:

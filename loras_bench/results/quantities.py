@@ -47,8 +47,13 @@ UNITS = {  # by the ending of the name, the longest first
     "_j": "J",
     "_w": "W",
 }
-LARGER_IS_BETTER = frozenset({"accuracy", "f1", "exact_match", "tokens_per_second"})
-QUALITY_OF_TASK = {"language_modeling": "perplexity", "classification": "accuracy"}
+LARGER_IS_BETTER = frozenset({"accuracy", "accuracy_normalized", "f1", "exact_match", "tokens_per_second"})
+QUALITY_OF_TASK = {
+    "language_modeling": ("perplexity",),
+    "classification": ("accuracy",),
+    "instruction": ("accuracy", "perplexity"),
+}
+"""What tells how good a run is: the first that was read."""
 SAME_IN_A_PANEL = frozenset({"schema_version", "seed", "sequence_length"})
 
 

@@ -4,6 +4,7 @@ was measured.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,10 +52,25 @@ class Quality(_Part):
     """`same`: with the pattern it was trained with; `dense`: every pair."""
     metrics: dict[str, float]
     """For language modelling `perplexity` (per token), `word_perplexity`, `bits_per_byte`, `loss`; for classification
-    `accuracy`, `loss`.
+    `accuracy`, `loss`; for instructions `perplexity` (per token of the responses), `loss`, and where prompts allow few
+    responses `accuracy`, `accuracy_normalized`, or where some were answered `exact_match`.
     """
     protocol: dict[str, Any]
-    """Tokenizer, block length, how the tail is scored, truncation, counts of tokens, words, bytes or rows."""
+    """Tokenizer, block length, how the tail is scored, truncation, counts of tokens, words, bytes or rows; where
+    prompts allow few responses, the share of the most frequent.
+    """
+
+    @property
+    def standard_errors(self) -> float | None:
+        """How far the accuracy lies above that of the most frequent answer, in its own standard errors.
+
+        Those of a share of `rows` independent answers. None where no most frequent answer was recorded.
+        """
+        accuracy, share = self.metrics.get("accuracy"), self.protocol.get("majority_share")
+        if accuracy is None or share is None:
+            return None
+        error = math.sqrt(accuracy * (1 - accuracy) / self.protocol["rows"])
+        return (accuracy - share) / error if error else math.copysign(math.inf, accuracy - share)
 
 
 class CurvePoint(_Part):
@@ -108,7 +124,7 @@ class Record(_Part):
     finished_at: str
     block: Block | None = None
 
-    task: Literal["language_modeling", "classification"]
+    task: Literal["language_modeling", "classification", "instruction"]
     dataset: str
     model: str
     """The name that tables show, with what a reader must know (`(dequantized Q4_1)`)."""

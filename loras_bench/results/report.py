@@ -1,4 +1,4 @@
-"""Sentences about the energy of a panel that a paper can take as they are."""
+"""Sentences about a panel that a paper can take as they are: its energy, and what its accuracy is worth."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ SOURCES = {
     "instant_integral": "integrated NVML instant power",
     "average_integral": "integrated NVML 1 s average power",
 }
+
+COUNTS_FROM = 3
+"""Standard errors above the most frequent answer from which a set says something about an arm."""
 
 
 def energy_statement(device: str, arms: Sequence[Arm]) -> str:
@@ -55,6 +58,24 @@ def _versions(runs: Sequence[Record]) -> str:
     versions = "".join(f", {name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
     version = packages.get("loras-bench", "")
     return f"Measured with {f'loras-bench {version}'.strip()} (kernels {kernels}{versions})."
+
+
+def majority_notes(arms: Iterable[Arm], split: str | None) -> list[str]:
+    """How far each arm's accuracy lies above that of the most frequent answer, where runs recorded it."""
+    shown, base = [], ""
+    for arm in arms:
+        readings = [q for run in arm.runs for q in run.quality if q.split == split and q.attention == "same"]
+        errors = [(quality, above) for quality in readings if (above := quality.standard_errors) is not None]
+        if errors:
+            protocol = errors[0][0].protocol
+            base = f"{protocol['majority_share']:.4f} of {protocol['rows']:,} {split} rows"
+            shown.append(f"{arm.label} {sum(above for _, above in errors) / len(errors):.1f}")
+    if not shown:
+        return []
+    return [
+        f"The most frequent answer is right in {base}; accuracy above it, in standard errors: {', '.join(shown)}. "
+        f"Below {COUNTS_FROM} an arm has learned nothing that the set could show."
+    ]
 
 
 def estimate_notes(arms: Iterable[Arm]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Literal
 from loras_bench.results.panels import FLAGS_THAT_EXCLUDE, Arm, Panel, PanelKey, build_panels, config_differences
 from loras_bench.results.quantities import Quantity
 from loras_bench.results.record import Record
-from loras_bench.results.report import carbon_notes, energy_statement, estimate_notes
+from loras_bench.results.report import carbon_notes, energy_statement, estimate_notes, majority_notes
 from loras_bench.results.statistics import Interval
 
 Kind = Literal["value", "ratio", "difference"]
@@ -95,6 +95,7 @@ def _columns(panel: Panel) -> tuple[Column, ...]:
         Column(quality),
         Column(quality, "difference"),
         Column(dense),
+        Column(Quantity("exact_match", quality.split)),
         Column(energy, "value", "Energy", _shared(panel, "train_energy_source")),
         Column(energy, "ratio", "Energy"),
         Column(Quantity("energy_j_per_mtoken"), "value", "Energy", _shared(panel, "energy_j_per_mtoken_phase")),
@@ -113,12 +114,12 @@ def _columns(panel: Panel) -> tuple[Column, ...]:
 
 
 def _is_wanted(column: Column, panel: Panel) -> bool:
-    """Comparisons need two arms; dense evaluation and chains get a column only where some run has them."""
+    """Comparisons need two arms; dense evaluation, exact match and chains get a column only where some run has them."""
     if column.kind != "value":
         return len(panel.arms) > 1
     if column.quantity.name == "chain_energy_j":
         return any(record.chain_energy_j not in (None, record.run_energy_j) for record in panel.records)
-    if column.quantity.attention == "dense":
+    if column.quantity.attention == "dense" or column.quantity.name == "exact_match":
         return any(column.quantity.read(record) is not None for record in panel.records)
     return True
 
@@ -188,6 +189,7 @@ def _notes(panel: Panel) -> tuple[str, ...]:
     for name, differences in config_differences(panel.arms).items():
         listed = "; ".join(differences) or "nothing that the YAML shows (see `attention` in their records)"
         notes.append(f"{name} names several configurations, which differ in {listed}.")
+    notes += majority_notes(panel.arms, panel.quality.split)
     kernels = sorted({record.kernel_version for record in panel.records})
     if len(kernels) > 1:
         notes.append(f"The runs were made with different kernel versions: {', '.join(kernels)}.")

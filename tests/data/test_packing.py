@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loras_bench.data.packing import WIDTH_MULTIPLE, pack
+from loras_bench.data.packing import PADDING_MULTIPLE, WIDTH_MULTIPLE, pack, pad
 
 
 def test_three_documents_by_hand():
@@ -21,6 +21,15 @@ def test_three_documents_by_hand():
     assert row.real_1s[0].tolist() == [True] * 6 + [False] * 250
     assert row.document_1s[0, 6:].tolist() == [3] * 250, "the fill is a document of its own"
     assert row.position_1s[0, 6:].tolist() == row.source_1s[0, 6:].tolist() == [0] * 250
+
+
+def test_side_by_side_by_hand():
+    source_bs, real_bs = pad(np.array([17, 4]), np.array([3, 1]), longest=128)
+    assert source_bs.shape == real_bs.shape == (2, PADDING_MULTIPLE)
+    assert source_bs[:, :4].tolist() == [[17, 18, 19, 0], [4, 0, 0, 0]]
+    assert real_bs.sum(axis=1).tolist() == [3, 1] and real_bs[:, 0].all()
+    assert pad(np.array([0]), np.array([65]), longest=128)[0].shape == (1, 128)
+    assert pad(np.array([0]), np.array([65]), longest=100)[0].shape == (1, 100), "no wider than a model can read"
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 256), (255, 256), (256, 256), (257, 512)])

@@ -103,7 +103,7 @@ def test_labels_of_other_sets_are_numbered_by_name(root):
         ({"text": "x", "label": -1}, "label -1"),
         ({"text": "x"}, "no field `label`"),
         ({"label": 0}, "no field `text`"),
-        ({"text": 5, "label": 0}, "is no text"),
+        ({"text": 5, "label": 0}, r"test\.jsonl\.xz line 1: `text` is no text"),
     ],
 )
 def test_wrong_rows_are_named(root, row, message):
@@ -111,6 +111,17 @@ def test_wrong_rows_are_named(root, row, message):
     write_rows(root / "imdb" / "test.jsonl.xz", [row])
     with pytest.raises(UserError, match=message):
         read_source(DataConfig(name="imdb", sequence_length=8))
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut off', "plain text", '{"text": "a"} {"text": "b"}'])
+def test_a_line_that_is_no_json_is_named_with_its_file(root, line):
+    reviews(root)
+    (root / "imdb" / "test.jsonl.xz").unlink()
+    path = root / "imdb" / "test.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": 0}) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_source(DataConfig(name="imdb", sequence_length=8))
+    assert f"{path} line 2" in caught.value.message
 
 
 def test_a_broken_file_is_named(root):

@@ -50,6 +50,25 @@ def test_equals_transformers_with_its_gradient(
     check_gradients(lambda x: rotary_split(x * 1, *facts), lambda x: reference(x, *facts), [qkv_nd])
 
 
+@pytest.mark.parametrize("device, dtype, batch, length, heads, key_heads, dim, packed", CASES)
+def test_rows_in_another_order_come_into_that_of_the_batch(
+    device: str, dtype: torch.dtype, batch: int, length: int, heads: int, key_heads: int, dim: int, packed: bool
+) -> None:
+    """And their gradients back, bit for bit those of rows that were in order; what was given is not overwritten."""
+    qkv_nd = randn(0, batch * length, (heads + 2 * key_heads) * dim, like=(device, dtype))
+    facts = (*angles(batch if packed else 1, length, dim, (device, dtype)), heads, key_heads, 16)
+    order_n = torch.randperm(batch * length, generator=torch.Generator().manual_seed(0)).to(device)
+    weights = [randn(1, *t.shape, like=(device, dtype)) for t in rotary_split(qkv_nd.clone(), *facts)]
+    results = []
+    for order, rows_nd in ((None, qkv_nd), (order_n, qkv_nd[order_n])):
+        leaf = rows_nd.clone().requires_grad_()
+        outputs = rotary_split(leaf * 1 if order is None else leaf, *facts, order)
+        results.append([*outputs, torch.autograd.grad(outputs, leaf, weights)[0]])
+        assert order is None or torch.equal(leaf, rows_nd)
+    results[0][3] = results[0][3][order_n]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
 def test_a_quarter_turn_by_hand() -> None:
     """(x1, x2) -> (-x2, x1) for q and k; v stays."""
     q_bhsd, k_bgsd, v_bgsd = rotary_split(

@@ -13,9 +13,10 @@ from training_fixtures import HEADS, INNER, LAYERS, WIDTH, attended, token_ids
 
 pytest.importorskip("triton")
 from loras_bench.attention.patterns import Window
-from loras_bench.errors import UserError
+from loras_bench.errors import ConfigError, UserError
 from loras_bench.kernels.linear import LinearGroup
 from loras_bench.metering.flops import MatmulCounter
+from loras_bench.methods.sparse_lora import SparseLora, SparseLoraConfig
 from loras_bench.models.fused_llama import FusedLlama
 from loras_bench.models.objective import unwrapped
 
@@ -118,6 +119,42 @@ def test_low_rank_products_lie_beside_what_the_operations_before_left_room_for(m
     FusedLlama.install(unwrapped(model).base_model)
     found = found_borders(model, text_batch("plain"), monkeypatch)
     assert (found.count(True), found.count(False)) == (6 + 8, 2)  # eight groups; one output of attention in each layer
+
+
+def sliced(model: nn.Module, **fields: Any) -> dict[str, Any]:
+    """Makes both layers sparse; the rows of two texts of twelve tokens whose last five are dense."""
+    config = {"kind": "sparse_lora", "layers": {"0-1": {"attention": 0.5, "feed_forward": 0.75}}, "rank": 4} | fields
+    SparseLora(SparseLoraConfig.model_validate(config)).prepare(model)
+    is_dense = (torch.arange(24) % 12) > 6
+    return {"dense_rows": is_dense.nonzero()[:, 0], "sparse_rows": (~is_dense).nonzero()[:, 0]}
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("arm", ["lora", "lora, biases", "lora, norms", "lora, embeddings", "lora, some"])
+def test_contextual_sparsity_equals_the_sliced_modules(arm: str, kind: Any) -> None:
+    model = model_of(arm)
+    batch = text_batch(kind) | sliced(model)
+    expected = outcome(model, batch)
+    FusedLlama.install(unwrapped(model).base_model)
+    assert_same(outcome(model, batch), expected)
+
+
+def test_sliced_products_have_room_for_the_low_rank_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's output too, which is copied into the order of the residual stream."""
+    model = model_of("lora")
+    batch = text_batch("plain") | sliced(model)
+    FusedLlama.install(unwrapped(model).base_model)
+    found = found_borders(model, batch, monkeypatch)
+    assert (found.count(True), found.count(False)) == (8 + 8, 0)
+
+
+def test_a_sparse_layer_that_cannot_be_fused_is_refused() -> None:
+    model = model_of("lora")
+    base = unwrapped(model).base_model
+    sliced(model)
+    base.layers[1].mlp.down_proj = nn.Sequential(base.layers[1].mlp.down_proj)
+    with pytest.raises(ConfigError, match="Sequential"):
+        FusedLlama.install(base)
 
 
 def test_steps_of_the_optimizer_are_seen() -> None:

@@ -13,7 +13,7 @@ import pytest
 from loras_bench.errors import UserError
 from loras_bench.results.formatting import format_difference, format_interval, format_number, format_ratio, scaled_unit
 from loras_bench.results.quantities import Quantity
-from loras_bench.results.record import Flops
+from loras_bench.results.record import Flops, Quality
 from loras_bench.results.render import TERMINAL_WIDTH, escape_latex, render
 from loras_bench.results.statistics import Interval
 from loras_bench.results.tables import build_tables
@@ -254,3 +254,40 @@ def test_a_dense_arm_was_evaluated_densely_as_trained(make_record):
     assert (record.attends_densely, sparse.attends_densely) == (True, False)
     dense = Quantity("perplexity", "test", "dense")
     assert dense.read(record) == Quantity("perplexity", "test").read(record) is not None
+
+
+def answered(make_record, name, accuracy, **metrics):
+    reading = Quality(
+        split="test",
+        attention="same",
+        metrics={"accuracy": accuracy, "perplexity": 1.5, **metrics},
+        protocol={"rows": 400, "majority_share": 0.25},
+    )
+    return make_record(name, task="instruction", quality=reading.metrics["accuracy"]).model_copy(
+        update={"quality": [reading]}
+    )
+
+
+def test_accuracy_is_told_beside_the_most_frequent_answer(make_record):
+    """(0.36 - 0.25) / sqrt(0.36 0.64 / 400) = 4.58 standard errors."""
+    (table,) = build_tables([answered(make_record, "full", 0.25), answered(make_record, "lora", 0.36)])
+    note = next(note for note in table.notes if "most frequent answer" in note)
+    assert "0.2500 of 400 test rows" in note
+    assert "full 0.0, lora 4.6" in note
+    assert cells(table, "lora")["test_accuracy"].interval.mean == 0.36
+    assert "test_exact_match" not in cells(table, "lora")
+
+
+def test_standard_errors_at_the_ends(make_record):
+    perfect, hopeless = (answered(make_record, "full", share).quality[0].standard_errors for share in (1.0, 0.0))
+    assert (perfect, hopeless) == (float("inf"), float("-inf"))
+    assert make_record().quality[0].standard_errors is None
+
+
+def test_free_responses_are_told_by_their_perplexity_and_exact_match(make_record):
+    reading = Quality(split="test", attention="same", metrics={"perplexity": 1.5, "exact_match": 0.02}, protocol={})
+    record = make_record(task="instruction").model_copy(update={"quality": [reading]})
+    (table,) = build_tables([record])
+    shown = cells(table, "full")
+    assert (shown["test_perplexity"].interval.mean, shown["test_exact_match"].interval.mean) == (1.5, 0.02)
+    assert not any("most frequent" in note for note in table.notes)

@@ -1,0 +1,153 @@
+"""How well a language model answers prompts: the likelihoods of given responses, and its own greedy ones.
+
+Shapes: b rows or documents, s positions, n predicted positions, v tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loras_bench.data import IGNORED
+from loras_bench.data.prompts import final_answer
+from loras_bench.graphed import Batch, to_device
+from loras_bench.kernels.cross_entropy import CHUNK_TOKENS
+from loras_bench.models.objective import unwrapped
+
+if TYPE_CHECKING:
+    from loras_bench.data.instruction import Instructions
+
+WIDTH_MULTIPLE = 64
+"""Texts that grow are as wide as a multiple of this: few different shapes."""
+STEPS_BETWEEN_CHECKS = 16
+"""New tokens between two looks at which answers are whole: these leave the batch."""
+
+
+def score_choices(
+    model: nn.Module, data: Instructions, split: str, rows: Sequence[int] | np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Compare the responses that the prompts of some rows allow.
+
+    Returns:
+        Sums over the rows, float64 (4,): -log likelihood of the right responses in nats, their tokens, and the rows
+        whose right response has the largest log likelihood, and the largest per character.
+    """
+    documents = [data.choices(split, int(row)) for row in rows]
+    flat = np.concatenate(documents)
+    scores = log_likelihoods(model, data.collate_documents(split, flat), device).double().cpu().numpy()
+    sums = np.array([0.0, data.target_count(split, rows), 0.0, 0.0])
+    of_rows = np.split(scores, np.cumsum([len(choices) for choices in documents])[:-1])
+    for choices, right, score_c in zip(documents, data.right(split, rows), of_rows, strict=True):
+        best, normalized = score_c.argmax(), (score_c / data.characters(split, choices)).argmax()
+        sums += (-score_c[right - choices[0]], 0, choices[best] == right, choices[normalized] == right)
+    return sums
+
+
+@torch.no_grad()
+def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Log likelihood of the targets of each document of a batch, in nats, float32 (documents,) on the device.
+
+    Args:
+        model: A transformers language model, or a PEFT model around one.
+        batch: From `Instructions.collate_documents`, on the CPU: documents of one row each, or packed into one.
+        device: Where the model is.
+    """
+    targets_bs = batch["targets"]
+    documents_bs = batch.get("document_ids", torch.arange(len(targets_bs))[:, None].expand_as(targets_bs))
+    places_n = (targets_bs != IGNORED).flatten().nonzero()[:, 0]
+    documents_n = documents_bs.flatten()[places_n]
+    facts = {"places": places_n, "documents": documents_n, "targets": targets_bs.flatten()[places_n]}
+    on_device = to_device(facts, device)
+    inputs = to_device({name: tensor for name, tensor in batch.items() if name != "targets"}, device)
+    inner = unwrapped(model)
+    hidden_nd = inner.base_model(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, on_device["places"])
+    sums_b = torch.zeros(int(documents_n[-1]) + 1, device=device)
+    for start in range(0, len(places_n), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        logits_nv = inner.get_output_embeddings()(hidden_nd[part]).float()
+        losses_n = F.cross_entropy(logits_nv, on_device["targets"][part], reduction="none")
+        sums_b.index_add_(0, on_device["documents"][part], -losses_n)
+    return sums_b
+
+
+def count_exact(
+    model: nn.Module,
+    data: Instructions,
+    split: str,
+    rows: Sequence[int],
+    new_tokens: int,
+    device: torch.device,
+) -> int:
+    """Of these rows, those to which the model's greedy answer has the final number of the data set's."""
+    pattern = data.source.spec.final_answer
+    assert pattern is not None
+    prompts = [data.prompt(split, row) for row in rows]
+    answers = greedy(model, prompts, data.end, new_tokens, data.sequence_length, device)
+    responses = data.source.splits[split].columns[1]
+    wanted = [final_answer(responses[row], pattern) for row in rows]
+    return sum(final_answer(data.text(answer), pattern) == final for answer, final in zip(answers, wanted, strict=True))
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    end: int,
+    new_tokens: int,
+    longest: int,
+    device: torch.device,
+) -> list[list[int]]:
+    """Continue each prompt by the likeliest token, again and again, without a key/value cache.
+
+    Our attention keeps none, so each token is a forward pass over the whole texts. They stand side by side with their
+    padding on the right, which a causal model does not see.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one.
+        prompts: Tokens, at least one each.
+        end: The token that ends an answer; it is not part of it.
+        new_tokens: Length at which an answer is cut off.
+        longest: Length at which a text is cut off, prompt included.
+        device: Where the model is.
+
+    Returns:
+        The new tokens of each prompt.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = [number for number, prompt in enumerate(prompts) if len(prompt) < longest]
+    while going:
+        texts = [[*prompts[number], *answers[number]] for number in going]
+        grown = _grow(model, texts, min(STEPS_BETWEEN_CHECKS, longest - max(map(len, texts))), longest, device)
+        unfinished = []
+        for number, tokens in zip(going, grown, strict=True):
+            ends = tokens.index(end) if end in tokens else len(tokens)
+            answers[number] = (answers[number] + tokens[:ends])[:new_tokens]
+            room = min(new_tokens, longest - len(prompts[number]))
+            if ends == len(tokens) and len(answers[number]) < room:
+                unfinished.append(number)
+        going = unfinished
+    return answers
+
+
+def _grow(
+    model: nn.Module, texts: Sequence[Sequence[int]], tokens: int, longest: int, device: torch.device
+) -> list[list[int]]:
+    """The likeliest next tokens of each text, so many, whatever they are."""
+    inner: Any = unwrapped(model)
+    lengths = [len(text) for text in texts]
+    rounded = -(-(max(lengths) + tokens) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    padded = torch.zeros(len(texts), min(rounded, longest), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = torch.tensor(text)
+    on_device = to_device({"ids": padded, "lengths": torch.tensor(lengths), "rows": torch.arange(len(texts))}, device)
+    ids_bs, length_b, row_b = on_device["ids"], on_device["lengths"], on_device["rows"]
+    for new in range(tokens):
+        hidden_bsd = inner.base_model(input_ids=ids_bs, use_cache=False)[0]
+        logits_bv = inner.get_output_embeddings()(hidden_bsd[row_b, length_b + new - 1])
+        ids_bs[row_b, length_b + new] = logits_bv.float().argmax(dim=-1)
+    return [ids[length : length + tokens] for ids, length in zip(ids_bs.tolist(), lengths, strict=True)]

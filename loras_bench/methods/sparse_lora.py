@@ -1,0 +1,230 @@
+"""SparseLoRA (Khaki et al. 2025, arXiv 2506.16500): context tokens use a part of the frozen channels while training.
+
+In the layers of a schedule, tokens whose outputs no label reads multiply with the channels that matter most for the
+batch, as cheap estimates of the layers' outputs tell. Adapters stay whole, and so do tokens that predict a label, the
+first steps, evaluation, and the weights that are saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from loras_bench.errors import ConfigError
+from loras_bench.methods.base import Method, MethodConfig, Stage
+from loras_bench.methods.layers import by_layer, text_keys
+from loras_bench.methods.lora import Lora
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig
+
+    from loras_bench.sparsity.criteria import Heads, LayerSparsity
+    from loras_bench.sparsity.scoring import Criterion
+
+ROW_MULTIPLE = 128
+"""Dense tokens are filled up with context to a multiple of this: whole tiles, and few shapes of a batch to capture."""
+
+
+class SlicedParts(BaseModel):
+    """Shares of the channels that context tokens leave out: 0.75 keeps a quarter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    feed_forward: float | None = Field(default=None, ge=0, lt=1)
+    """Of the hidden channels between gate, up and down."""
+    attention: float | None = Field(default=None, ge=0, lt=1)
+    """Of the channels of keys and values, with those of queries and of attention's output that belong to them."""
+
+
+class SparseLoraConfig(MethodConfig):
+    """Which layers are sparse, for which tokens and from when on."""
+
+    kind: Literal["sparse_lora"]
+    layers: Annotated[Mapping[str, SlicedParts], BeforeValidator(text_keys)] = Field(min_length=1)
+    """Sparsities by layer (`"3"`) or range with both ends (`"3-30"`), counted from 0. The two parts of a layer may be
+    given under different keys; layers that no key names are dense.
+    """
+    tokens: Literal["context", "all"] = "context"
+    """Which tokens are sparse: those that predict no label, or `all`, where every token has a label (plain language
+    modelling) or the label is not a token's (classification).
+    """
+    dense_tokens: Literal["labels", "random"] = "labels"
+    """Which tokens stay dense under `tokens: context`: those that predict a label, or as many random ones, for
+    comparison.
+    """
+    start: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the optimizer steps, the first ones, that are dense; rounded up to whole steps."""
+    criterion: Literal["svd", "oracle", "random"] = "svd"
+    """How channels are scored: by norms of the outputs that low-rank estimators predict, by norms of the true outputs
+    (costs more than it saves), or at random in each step; the last two for comparison.
+    """
+    rank: int = Field(default=8, ge=1)
+    """Of the estimators."""
+    mean_token: bool = True
+    """Score the feed-forward layer by the mean token of each sample, as the official code does, rather than by all."""
+
+    @model_validator(mode="after")
+    def _tokens_agree(self) -> SparseLoraConfig:
+        if self.tokens == "all" and self.dense_tokens == "random":
+            raise ValueError("`dense_tokens` goes with `tokens: context`; with `tokens: all` none is dense")
+        return self
+
+    def schedule(self, layer_count: int) -> list[LayerSparsity]:
+        """The sparsity of each layer of the model.
+
+        Raises:
+            ConfigError: If a key of `layers` is no range, lies outside the model, or names a part of a layer again.
+        """
+        from loras_bench.sparsity.criteria import LayerSparsity
+
+        parts = {}
+        for part in LayerSparsity._fields:
+            named = {key: getattr(shares, part) for key, shares in self.layers.items()}
+            parts[part] = by_layer(
+                f"sparse_lora, {part}", {key: share for key, share in named.items() if share is not None}, layer_count
+            )
+        return [
+            LayerSparsity(**{part: shares.get(layer, 0.0) for part, shares in parts.items()})
+            for layer in range(layer_count)
+        ]
+
+
+class SparseLora(Method[SparseLoraConfig]):
+    """Tells the model's forward pass which tokens and channels each training step uses; no parameter changes."""
+
+    stage: ClassVar[Stage] = Stage.SPARSIFY
+
+    def __init__(self, config: SparseLoraConfig) -> None:
+        super().__init__(config)
+        self._dense_steps = 0
+        self._remove: list[Callable[[], None]] = []
+
+    def check(self, others: Sequence[Method[Any]], model_config: PretrainedConfig) -> None:
+        """Refuse other architectures, missing or unsuitable adapters, wrong layers, and a second such method."""
+        if any(isinstance(other, SparseLora) for other in others):
+            raise ConfigError("`sparse_lora` is listed twice in methods", "give all layers in one")
+        lora = next((other for other in others if isinstance(other, Lora)), None)
+        if lora is None:
+            raise ConfigError("`sparse_lora` slices the frozen weights beside adapters", "add `lora` to methods")
+        if lora.config.variant != "lora" or lora.config.dropout:
+            kind = "DoRA" if lora.config.variant == "dora" else "dropout on adapters"
+            why = "scales the base's output" if kind == "DoRA" else "takes adapters out of the fused products"
+            raise ConfigError(f"`sparse_lora` does not go with {kind}, which {why}", "use plain `lora`")
+        if model_config.model_type != "llama":
+            raise ConfigError(
+                f"`sparse_lora` knows the layers of Llama, the model is of type {model_config.model_type}",
+                "choose a Llama model, or remove the method",
+            )
+        if model_config.hidden_act != "silu":
+            raise ConfigError(f"`sparse_lora` scores SwiGLU, the model's activation is {model_config.hidden_act}")
+        self.config.schedule(model_config.num_hidden_layers)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Compute or load the estimators, and install the schedule in the model."""
+        from loras_bench.models.objective import unwrapped
+        from loras_bench.models.sliced_llama import slice_modules
+        from loras_bench.sparsity.contextual import ContextualSparsity
+        from loras_bench.sparsity.criteria import Heads
+
+        base = unwrapped(model).base_model
+        config = base.config
+        schedule = self.config.schedule(config.num_hidden_layers)
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        criterion = self._criterion(base, schedule, heads)
+        self.sparsity = ContextualSparsity(schedule, heads, criterion, self.config.tokens == "all")
+        self._remove = [self.sparsity.install(base), slice_modules(base, self.sparsity)]
+        return model
+
+    def _criterion(self, base: Any, schedule: Sequence[LayerSparsity], heads: Heads) -> Criterion:
+        from loras_bench.sparsity.estimator import load_estimators
+        from loras_bench.sparsity.scoring import Estimates, OutputNorms, RandomScores, TrueOutputs
+
+        sparse = [layer for layer, shares in enumerate(schedule) if any(shares)]
+        if self.config.criterion == "random":
+            channels = heads.key * heads.size
+            sizes = (base.config.intermediate_size, channels // 2, channels)
+            self._scores = RandomScores(dict.fromkeys(sparse, sizes), lambda: next(base.parameters()).device)
+            return self._scores
+        estimators = load_estimators(base, self.config.rank, sparse) if self.config.criterion == "svd" else {}
+
+        def outputs(layer: int, *places: str) -> Estimates | TrueOutputs:
+            names = [f"layers.{layer}.{place}_proj" for place in places]
+            if estimators:
+                return Estimates([estimators[name] for name in names])
+            modules = [base.get_submodule(name) for name in names]
+            return TrueOutputs([getattr(module, "base_layer", module) for module in modules])
+
+        gate_up = {layer: outputs(layer, "mlp.gate", "mlp.up") for layer in sparse}
+        qkv = {layer: outputs(layer, "self_attn.q", "self_attn.k", "self_attn.v") for layer in sparse}
+        return OutputNorms(gate_up, qkv, heads, self.config.mean_token)
+
+    def plan(self, steps: int) -> None:
+        """The first steps are dense."""
+        self._dense_steps = math.ceil(round(self.config.start * steps, 6))
+
+    def batch_tensors(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which rows of the batch, its tokens one after the other, are dense and which are context.
+
+        Returns:
+            `dense_rows` and `sparse_rows`, int64, ascending, under `tokens: context`; and `samples` int64, the numbers
+            of the documents of a packed batch.
+
+        Raises:
+            ConfigError: No token of the batch is context.
+        """
+        import torch
+
+        tensors = {}
+        if "starts" in batch:
+            tensors["samples"] = torch.arange(len(batch["starts"]))
+        if self.config.tokens == "all":
+            return tensors
+        rows = self._dense_rows(batch)
+        is_dense = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
+        is_dense[rows] = True
+        context = (~is_dense).nonzero()[:, 0]
+        more = min(-len(rows) % ROW_MULTIPLE, len(context))
+        is_dense[context[len(context) - more :]] = True  # the last ones: where a packed row is filled up
+        return tensors | {"dense_rows": is_dense.nonzero()[:, 0], "sparse_rows": (~is_dense).nonzero()[:, 0]}
+
+    def _dense_rows(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The rows that predict a label, or as many random ones: int64."""
+        import torch
+
+        from loras_bench.data import IGNORED
+
+        targets, ids = batch["targets"], batch["input_ids"]
+        if targets.shape != ids.shape:
+            raise ConfigError("sparse_lora: the labels of this task are not tokens'", "set `tokens: all`")
+        rows = (targets.flatten() != IGNORED).nonzero()[:, 0]
+        if len(rows) == targets.numel():
+            raise ConfigError(
+                "sparse_lora: every token of a batch predicts a label, so that none would be sparse",
+                "set `tokens: all`, or choose data with prompts",
+            )
+        if self.config.dense_tokens == "labels":
+            return rows
+        real = batch.get("attention_mask", torch.ones_like(ids)).flatten().nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(int(ids.sum()))  # of the batch alone: the same when resumed
+        return real[torch.randperm(len(real), generator=generator)[: len(rows)]]
+
+    def before_step(self, step: int) -> None:
+        self.sparsity.active = self._sparse(step)
+        if self.config.criterion == "random":
+            self._scores.draw(step)
+
+    def graph_key(self, step: int) -> Hashable:
+        return self._sparse(step)
+
+    def _sparse(self, step: int) -> bool:
+        return step >= self._dense_steps
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Give the model its own forward passes again; adapters and weights are plain LoRA's."""
+        while self._remove:
+            self._remove.pop()()
+        return model
