@@ -63,7 +63,8 @@ def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Ten
     documents_n = documents_bs.flatten()[places_n]
     facts = {"places": places_n, "documents": documents_n, "targets": targets_bs.flatten()[places_n]}
     on_device = to_device(facts, device)
-    inputs = to_device({name: tensor for name, tensor in batch.items() if name != "targets"}, device)
+    read = {name: tensor for name, tensor in batch.items() if name not in ("targets", "label_rows")}
+    inputs = to_device(read, device)
     inner = unwrapped(model)
     hidden_nd = inner.base_model(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, on_device["places"])
     sums_b = torch.zeros(int(documents_n[-1]) + 1, device=device)

@@ -117,7 +117,7 @@ def test_accuracies_by_hand() -> None:
 def test_evaluation_of_choices(batch_size: int, packed: bool) -> None:
     pairs = [("p", "a"), ("question", "b"), ("r", "a"), ("s", "b"), ("t", "a")]
     data = made(pairs, packed, choices=[("a", "b")] * 5, labels=[0, 1, 0, 1, 0])
-    objective = Objective(bigram(_a=2.0), "instruction", "torch").train()  # type: ignore[arg-type]
+    objective = Objective(bigram(_a=2.0), "instruction", "torch").train()
     metrics = evaluate(objective, data, "test", batch_size, Accelerator(cpu=True))
     loss = (3 * nats(2.0) + 2 * math.log(math.exp(2.0) + 257) + 5 * math.log(258)) / 10
     assert metrics == pytest.approx(
@@ -166,7 +166,7 @@ def test_exact_match_of_the_first_rows(batch_size: int) -> None:
     """The model answers every prompt by `#### 7`; two of the first three rows want it, and the fourth is not asked."""
     answering = Recital([*TOKENIZER("#### 7")["input_ids"], END])
     data = made([("p", "so\n#### 7"), ("q", "#### 8"), ("r", "#### 7.\n"), ("s", "#### 7")])
-    objective = Objective(answering, "instruction", "torch")  # type: ignore[arg-type]
+    objective = Objective(answering, "instruction", "torch")
     metrics = evaluate(objective, data, "test", batch_size, Accelerator(cpu=True), GenerationConfig(rows=3))
     assert metrics["exact_match"] == pytest.approx(2 / 3)
     assert count_exact(answering, data, "test", [3], 2, CPU) == 0, "cut off before the number"

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LABEL_MULTIPLE = 128
+"""The rows that reach the output layer are filled up to a multiple of this: whole tiles, and few shapes to capture."""
+
+
 class Instructions(TaskData):
     """Pairs of at most `sequence_length` tokens, written by the tokenizer's `Template`.
 
@@ -104,7 +108,7 @@ class Instructions(TaskData):
         return self.collate_documents(split, self.right(split, indices))
 
     def collate_documents(self, split: str, documents: np.ndarray) -> dict[str, Tensor]:
-        """As `collate`, of any documents."""
+        """As `collate`, of any documents; `label_rows` are the places of the targets, and some others."""
         arrays = self._documents[split]
         starts_b, lengths_b = self._starts[split][documents], arrays["lengths"][documents]
         batch: dict[str, np.ndarray] = {}
@@ -117,6 +121,7 @@ class Instructions(TaskData):
             batch |= {} if real_bs.all() else {"attention_mask": real_bs}
         batch["input_ids"] = np.where(real_bs, arrays["ids"][source_bs], self.padding).astype(np.int64)
         batch["targets"] = np.where(real_bs, arrays["targets"][source_bs], IGNORED).astype(np.int64)
+        batch["label_rows"] = label_rows(batch["targets"])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
@@ -160,6 +165,15 @@ class Instructions(TaskData):
 
 
 _PARTS = ("before", "between", "after")
+
+
+def label_rows(targets_bs: np.ndarray) -> np.ndarray:
+    """Places of a batch, its rows one after the other, that predict something: int64, ascending, filled up."""
+    has_label = targets_bs.flatten() != IGNORED
+    others = np.flatnonzero(~has_label)
+    spare = min(-int(has_label.sum()) % LABEL_MULTIPLE, len(others))
+    has_label[others[len(others) - spare :]] = True
+    return np.flatnonzero(has_label)
 
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:

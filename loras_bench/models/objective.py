@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loras_bench.catalog import Task
 from loras_bench.kernels.cross_entropy import linear_cross_entropy
-
-Task = Literal["language_modeling", "classification"]
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -33,11 +32,15 @@ class Objective(nn.Module):
         self.task = task
         self.loss = loss
 
-    def forward(self, targets: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, targets: Tensor, label_rows: Tensor | None = None, **inputs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Score a batch as `TaskData.collate` makes it.
 
         Args:
             targets: (batch, length) tokens to predict with -100 where nothing is, or (batch,) classes.
+            label_rows: int64, the places, among all of the batch, that the output layer reads; default all. The others
+                have no target.
             **inputs: `input_ids`, and where there are any `attention_mask` and `token_type_ids`, all (batch, length);
                 for documents packed into one row what `class_logits_of_packed` takes.
         """
@@ -48,6 +51,9 @@ class Objective(nn.Module):
             correct = (logits_bc.argmax(-1) == targets).sum()
             return F.cross_entropy(logits_bc, targets, reduction="sum"), correct
         hidden_bsd = inner.base_model(**inputs, use_cache=False)[0]
+        if label_rows is not None:
+            hidden_bsd = hidden_bsd.flatten(0, 1).index_select(0, label_rows)[None]
+            targets = targets.flatten().index_select(0, label_rows)[None]
         head = inner.get_output_embeddings()
         if type(head) is nn.Linear and head.bias is None:
             return linear_cross_entropy(hidden_bsd, head.weight, targets, self.loss), None

@@ -118,22 +118,6 @@ def query_key_scores(q_tn: Tensor, k_tc: Tensor, heads: Heads, real_t: Tensor | 
     return (q_gmhe.mean(1).sum(1) * k_ghe.sum(1)).sqrt().flatten()
 
 
-def mean_tokens(x_td: Tensor, document_t: Tensor, documents: int) -> Tensor:
-    """The mean token of each document: (documents, d). A document without tokens gives zeros.
-
-    The official code scores the feed-forward layer by this instead of by every token.
-
-    Args:
-        x_td: Tokens (tokens, d).
-        document_t: int64 (tokens,), the document of each token; tokens with a number outside the range, such as
-            padding, count for none.
-        documents: How many there are.
-    """
-    member_mt = document_t == torch.arange(documents, device=x_td.device)[:, None]
-    sums_md = member_mt.to(x_td.dtype) @ x_td
-    return sums_md / member_mt.sum(1, keepdim=True).clamp(min=1)
-
-
 def _norms(x_tc: Tensor, real_t: Tensor | None) -> Tensor:
     if real_t is not None:
         x_tc = x_tc.masked_fill(~real_t[:, None], 0)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_fixtures import attended
+from training_fixtures import WIDTH, attended
 
 from loras_bench.catalog import DatasetSpec
 from loras_bench.config import DataConfig
 from loras_bench.data import IGNORED, load_data
-from loras_bench.data.instruction import Instructions
+from loras_bench.data.instruction import Instructions, label_rows
 from loras_bench.data.prompts import PLAIN
 from loras_bench.data.sources import Source, Split
 from loras_bench.errors import UserError
+from loras_bench.metering.flops import MatmulCounter
 from loras_bench.models.objective import Objective
 
 END = 0  # <|endoftext|> is the first token of tokenizers that we train
@@ -41,7 +43,7 @@ PAIRS = [("ab", "cd"), ("e", "f")]
 def test_targets_by_hand_padded(byte_tokenizer):
     c, d, f = ids(byte_tokenizer, "cdf")
     batch = made(byte_tokenizer, PAIRS).collate("train", [0, 1])
-    assert batch.keys() == {"input_ids", "targets", "attention_mask"}
+    assert batch.keys() == {"input_ids", "targets", "attention_mask", "label_rows"}
     assert batch["input_ids"].shape == (2, 64)
     first = [*ids(byte_tokenizer, BEFORE + "ab" + BETWEEN), c, d, END]
     assert batch["input_ids"][0, : len(first)].tolist() == first
@@ -57,8 +59,8 @@ def test_targets_by_hand_packed(byte_tokenizer):
     c, d, f = ids(byte_tokenizer, "cdf")
     data = made(byte_tokenizer, PAIRS, packed=True)
     batch = data.collate("train", [1, 0])
-    assert batch.keys() == {"input_ids", "targets", "attention_mask", "document_ids", "position_ids"}
-    assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, 256)}
+    assert batch.keys() == {"input_ids", "targets", "attention_mask", "document_ids", "position_ids", "label_rows"}
+    assert {tuple(tensor.shape) for name, tensor in batch.items() if name != "label_rows"} == {(1, 256)}
     first, second = AROUND + 3, AROUND + 5
     wanted = torch.full((256,), IGNORED)
     wanted[first - 3 : first - 1] = torch.tensor([f, END])
@@ -66,6 +68,34 @@ def test_targets_by_hand_packed(byte_tokenizer):
     assert batch["targets"][0].tolist() == wanted.tolist()
     assert batch["document_ids"][0].tolist() == [0] * first + [1] * second + [2] * (256 - first - second)
     assert (data.real_tokens("train", [0, 1]), data.target_count("train", [0, 1])) == (first + second, 5)
+
+
+@given(st.integers(0, 3), st.lists(st.booleans(), min_size=1, max_size=400))
+def test_label_rows_are_those_of_all_labels_filled_up(rows: int, labels: list[bool]) -> None:
+    targets_bs = np.where(np.array([labels] * (rows + 1)), 7, IGNORED)
+    places = label_rows(targets_bs)
+    wanted = np.flatnonzero(targets_bs.flatten() != IGNORED)
+    assert set(wanted) <= set(places) and (np.diff(places) > 0).all()
+    assert len(places) == min(-(-len(wanted) // 128) * 128, targets_bs.size)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_output_layer_reads_the_labels_alone(byte_tokenizer, packed):
+    """The same loss and gradients as of all positions, for fewer products."""
+    batch = made(byte_tokenizer, PAIRS * 4, packed=packed).collate("train", range(8))
+    found, flops = [], []
+    for leave_out in (False, True):
+        model = attended("llama", vocab_size=len(byte_tokenizer))
+        inputs = {name: tensor for name, tensor in batch.items() if leave_out or name != "label_rows"}
+        with MatmulCounter() as counter:
+            loss, _ = Objective(model, "instruction", "torch").train()(**inputs)
+            loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+        flops.append(counter.flops)
+    torch.testing.assert_close(found[1], found[0])
+    saved = batch["input_ids"].numel() - len(batch["label_rows"])
+    assert saved > 0
+    assert flops[0] - flops[1] == 3 * 2 * saved * WIDTH * len(byte_tokenizer)
 
 
 def test_choices_are_documents_of_their_rows(byte_tokenizer):

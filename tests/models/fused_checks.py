@@ -11,9 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from training_fixtures import attended, token_ids
 
+from loras_bench.catalog import Task
 from loras_bench.kernels import bordered, linear
 from loras_bench.methods.lora import Lora, LoraConfig
-from loras_bench.models.objective import Objective, Task, unwrapped
+from loras_bench.models.objective import Objective, unwrapped
 
 
 def prepared(family: str, lora: dict[str, Any] | None, device: torch.device | None = None, **options: Any) -> nn.Module:

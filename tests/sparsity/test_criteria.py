@@ -17,7 +17,6 @@ from loras_bench.sparsity.criteria import (
     Heads,
     feed_forward_scores,
     kept,
-    mean_tokens,
     query_key_scores,
     top,
     value_scores,
@@ -223,13 +222,6 @@ def test_scores_are_summed_in_float32_at_least(kind: str) -> None:
     assert score(*(torch.ones(4, width, dtype=torch.float64) for width in widths)).dtype == torch.float64
     single = score(*(torch.ones(1, width, dtype=torch.bfloat16) for width in widths))
     torch.testing.assert_close(scores, single * (64**2 if kind == "queries and keys" else 64), rtol=1e-4, atol=0)
-
-
-def test_mean_token_of_each_document() -> None:
-    x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0], [9.0, 9.0]])
-    documents = torch.tensor([0, 0, 2, 3])
-    assert mean_tokens(x, documents, 3).tolist() == [[2.0, 4.0], [0.0, 0.0], [5.0, 5.0]]  # the last token is padding
-    assert mean_tokens(x, torch.tensor([-1, 0, -1, 0]), 1).tolist() == [[6.0, 7.5]]
 
 
 # Toys: what the criteria choose loses less than what chance chooses
