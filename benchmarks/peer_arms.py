@@ -81,7 +81,7 @@ class Arm:
     bf16_adapters: bool = False
     """Adapters in the model's number format; PEFT's default is float32."""
     cudnn: bool = False
-    """SDPA takes cuDNN first; torch's default on Hopper is FlashAttention-2."""
+    """SDPA takes cuDNN first, as torch 2.11 does by itself on Hopper and other versions do not."""
     liger: bool = False
     """Liger's kernels; its loss alone where the layers are compiled, which fuses the rest of them by itself."""
     compile_mode: str | None = None

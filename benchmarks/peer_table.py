@@ -57,7 +57,10 @@ def _row(entry: Entry, best: Entry | None) -> list[str]:
     peak = None if entry["peak_bytes"] is None else entry["peak_bytes"] / 2**30
     numbers = [entry["tokens_per_s"], entry["energy_j_per_mtoken"], entry["power_w"], peak]
     ratios = [_ratio(entry, best, quantity) for quantity in ("tokens_per_s", "energy_j_per_mtoken")]
-    return [name, *(DASH if n is None else format_number(n, 4) for n in numbers), *ratios, _note(entry)]
+    elsewhere = (
+        "; on another GPU than the best peer" if best is not None and entry.get("gpu") != best.get("gpu") else ""
+    )
+    return [name, *(DASH if n is None else format_number(n, 4) for n in numbers), *ratios, _note(entry) + elsewhere]
 
 
 def _ratio(entry: Entry, best: Entry | None, quantity: str) -> str:

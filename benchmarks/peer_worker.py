@@ -26,7 +26,8 @@ from loras_bench.training import Lead
 from loras_bench.worker import be_quiet
 
 EVEN_STEPS, EVEN_VARIATION = 3, 0.05
-LEAST_STEPS, MOST_STEPS, MOST_WARMUP_S = 5, 40, 60.0
+LEAST_STEPS, LEAST_WARMUP_S, MOST_WARMUP_S = 5, 5.0, 60.0
+"""Clocks, and the host of peers that wait for it, take seconds to settle."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _measure(task: Task, begun: float) -> dict[str, Any]:
         trainer = make_trainer(task.arm, task.shape, device)
         first_loss = _finite(trainer.step(0))
         built_s = time.monotonic() - begun
-        steps = _warm_up(trainer, synchronize)
+        steps = _warm_up(trainer, synchronize, LEAST_WARMUP_S if cuda else 0.0)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         windows = []
@@ -87,6 +88,7 @@ def _measure(task: Task, begun: float) -> dict[str, Any]:
         "windows": windows,
         **_medians(windows),
         "peak_bytes": trainer.peak_bytes() if cuda else None,
+        "gpu": str(torch.cuda.get_device_properties(0).uuid) if cuda else None,
         "first_loss": first_loss,
         "last_loss": last_loss,
         "until_first_step_s": built_s,
@@ -103,18 +105,18 @@ def _finite(loss: torch.Tensor) -> float:
     return value
 
 
-def _warm_up(trainer: Trainer, synchronize: Callable[[], None]) -> int:
-    """Steps until the last three took equally long; returns the number of the next step."""
+def _warm_up(trainer: Trainer, synchronize: Callable[[], None], least_s: float) -> int:
+    """Steps for some seconds, and until the last three took equally long; returns the number of the next step."""
     times_s: list[float] = []
-    deadline_s = time.monotonic() + MOST_WARMUP_S
-    while len(times_s) < MOST_STEPS and time.monotonic() < deadline_s:
+    started_s = time.monotonic()
+    while (spent_s := time.monotonic() - started_s) < MOST_WARMUP_S:
+        recent, enough = times_s[-EVEN_STEPS:], len(times_s) >= LEAST_STEPS and spent_s >= least_s
+        if enough and statistics.pstdev(recent) < EVEN_VARIATION * statistics.fmean(recent):
+            break
         begun = time.monotonic()
         trainer.step(1 + len(times_s))
         synchronize()
         times_s.append(time.monotonic() - begun)
-        recent = times_s[-EVEN_STEPS:]
-        if len(times_s) >= LEAST_STEPS and statistics.pstdev(recent) < EVEN_VARIATION * statistics.fmean(recent):
-            break
     return 1 + len(times_s)
 
 

@@ -184,8 +184,12 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError(f"--repeats {options.repeats}: an arm needs at least one window", "give 1 or more")
     if not 0 < options.seconds < math.inf:
         raise UserError(f"--seconds {options.seconds:g} is no length of a window", "give seconds above 0")
+    if options.budget is not None and not options.budget > 0:
+        raise UserError(f"--budget {options.budget:g} leaves no time", "give seconds above 0, or leave it out")
     shapes, arms = choose_shapes(options.shapes.split(",")), choose_arms(options.arms.split(","))
     results = Results(options.out)
+    if options.table and not results.entries:
+        raise UserError(f"--out {options.out} holds no results", "run it without --table first")
     if not options.table:
         workers = Workers()
         comparison = Comparison(

@@ -1,6 +1,7 @@
 """Dense attention through PyTorch's SDPA, the fastest kernel first: the baseline that a speed-up must beat.
 
-PyTorch's own order takes FlashAttention-2 on Hopper, where cuDNN is 1.5 to 2.3 times faster. SDPA returns no
+PyTorch's own order differs between versions: 2.11 takes cuDNN on Hopper, others FlashAttention-2, which takes 1.5 times
+as long there or more. SDPA returns no
 log-sum-exp: where a method needs it (taps), the dispatcher takes FlexAttention or the reference for dense layers too.
 """
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peers
 import pytest
+import torch
 from peer_arms import ARMS, SHAPES, TINY, Arm, Shape, choose_arms, choose_shapes
 from peer_results import Results
+from peer_steps import make_trainer
 from peer_table import render
+from torch import nn
 
 from loras_bench.errors import UserError
 from loras_bench.requests import Device
@@ -107,6 +112,28 @@ def test_an_arm_that_takes_too_long_is_stopped(
     assert peers.main([*TRIAL, "--arms", "full", "--out", str(out)]) == 0
     entry = entries_of(out)["full"]
     assert (entry["status"], entry["reason"]) == ("failed", "it took more than 0 s")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_compiled_layers_are_compiled_one_by_one_and_liger_gives_the_loss_alone(
+    lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compiler does to them is torch's; a stand-in for Liger's package shows what it is asked for."""
+    asked: list[dict[str, bool]] = []
+    compiled: list[tuple[str, dict[str, Any]]] = []
+    liger = ModuleType("liger_kernel.transformers")
+    liger.apply_liger_kernel_to_llama = lambda **options: asked.append(options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append((type(self).__name__, how)))
+    monkeypatch.setattr(torch, "compile", lambda *args, **how: pytest.fail("the whole model is compiled"))
+    arm = ARMS[f"peer_{'lora' if lora else 'full'}/liger-loss+compile-layers"]
+    trainer = make_trainer(arm, TINY, torch.device("cpu"))
+    assert asked == [{"rope": False, "rms_norm": False, "swiglu": False}]
+    assert compiled == [("LlamaDecoderLayer", {"mode": "default", "dynamic": False})] * TINY.layers
+    assert float(trainer.step(0)) == pytest.approx(math.log(TINY.vocabulary), rel=0.02)
+    make_trainer(ARMS["peer_full/liger"], TINY, torch.device("cpu"))
+    assert asked[1] == {"rope": True, "rms_norm": True, "swiglu": True}
 
 
 @pytest.mark.gpu
@@ -316,6 +343,17 @@ def test_a_candidate_of_one_window_is_the_best_peer_only_where_no_other_was_meas
     assert "| **peer_lora/liger** |" in render([screened, entry("ours_lora", 3000.0, 3)])
 
 
-def test_an_empty_file_makes_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert peers.main(["--table", "--out", str(tmp_path / "none.json")]) == 0
-    assert capsys.readouterr().out == "\n"
+def test_without_results_there_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(["--table", "--out", str(tmp_path / "none.json")]) == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+def test_a_best_peer_on_another_gpu_is_marked() -> None:
+    here, there = entry_of("ours_lora", "one"), entry_of("lora", "other")
+    assert render([there, here]).count("on another GPU than the best peer") == 1
+    assert "another GPU" not in render([entry_of("lora", "one"), here])
+
+
+def entry_of(arm: str, gpu: str) -> dict[str, Any]:
+    facts = {"device": "a GPU", "arm": arm, "shape": asdict(TINY), "options": asdict(ARMS[arm]), "gpu": gpu}
+    return completed(2.0) | facts | {"window_s": 3.0, "repeats": 3, "environment": "e"}
