@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,14 @@ class Shape:
     """Gradient checkpointing, where 80 GB do not hold the activations of PEFT's own LoRA; then for all arms alike."""
     full: bool = True
     """Whether full fine-tuning fits."""
+    labels: int | None = None
+    """Tokens at the end of each row that are learned, as responses are; None: all."""
+    rank: int = 16
+    """Of LoRA; alpha is twice it."""
+    attention_only: bool = False
+    """LoRA on q, k, v and o, else on all linear layers."""
+    slices: Mapping[str, Mapping[str, float]] | None = None
+    """Layers of SparseLoRA and their sparsities; None: it is not compared here."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -53,6 +61,9 @@ class Shape:
 _135M = Shape("135m-8k", "SmolLM2-135M", 8192, 4, 576, 30, 9, 3, 1536, 49152, True)
 _1B = Shape("1b-4k", "Llama-3.2-1B", 4096, 2, 2048, 16, 32, 8, 8192, 128256, True)
 _8B = Shape("8b-2k", "Llama-3-8B", 2048, 2, 4096, 32, 32, 8, 14336, 128256, False, full=False)
+_MATH = {"3-30": {"feed_forward": 0.99}} | {layers: {"attention": 0.75} for layers in ("14-19", "21-23", "25-29")}
+"""For Llama-3-8B on Math10K (Khaki et al. 2025, arXiv 2506.16500, Table 12)."""
+_PROMPTS = replace(_8B, rank=32, attention_only=True, slices=_MATH)
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -63,10 +74,15 @@ SHAPES = {
         replace(_1B, name="1b-16k", length=16384, rows=1, checkpointing=True),
         _8B,
         replace(_8B, name="8b-8k", length=8192, rows=1, checkpointing=True),
+        replace(_PROMPTS, name="8b-512-128", length=512, rows=8, labels=128),
+        replace(_PROMPTS, name="8b-2k-512", length=2048, rows=2, labels=512),
     )
 }
 TINY = Shape("tiny", "a toy", 64, 2, 128, 2, 4, 2, 192, 64, True)
 """For tests."""
+TINY_PROMPTS = replace(
+    TINY, name="tiny-prompts", rows=8, labels=16, attention_only=True, slices={"0": {"feed_forward": 0.9}}
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,8 @@ class Arm:
     ours: bool = False
     sparse: bool = False
     """Window of 512 keys with 64 global tokens."""
+    sliced: bool = False
+    """SparseLoRA."""
     bf16_adapters: bool = False
     """Adapters in the model's number format; PEFT's default is float32."""
     cudnn: bool = False
@@ -96,7 +114,7 @@ class Arm:
 
     def fits(self, shape: Shape) -> bool:
         """Whether the arm is compared at this shape."""
-        return self.lora or shape.full
+        return (self.lora or shape.full) and (not self.sliced or shape.slices is not None)
 
 
 def _candidates(group: str, lora: bool) -> list[Arm]:
@@ -122,6 +140,7 @@ ARMS = {
         Arm("ours_full", lora=False, ours=True),
         Arm("ours_lora", lora=True, ours=True),
         Arm("ours_lora_s", lora=True, ours=True, sparse=True),
+        Arm("ours_sparse_lora", lora=True, ours=True, sliced=True),
         *_candidates("peer_full", lora=False),
         *_candidates("peer_lora", lora=True),
     )
@@ -134,7 +153,7 @@ def choose_shapes(names: Sequence[str]) -> list[Shape]:
     Raises:
         UserError: There is no such shape.
     """
-    known = SHAPES | {TINY.name: TINY}
+    known = SHAPES | {shape.name: shape for shape in (TINY, TINY_PROMPTS)}
     for name in names:
         if name not in known:
             raise UserError(f"--shapes: there is no `{name}`", f"one of {', '.join(SHAPES)}")

@@ -16,14 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from loras_bench.attention.dense import KERNELS
 from loras_bench.build import Ingredients, build
 from loras_bench.config import Experiment
-from loras_bench.data import TaskData
+from loras_bench.data import IGNORED, TaskData
+from loras_bench.data.instruction import label_rows
 from loras_bench.models.loading import LoadedModel
 from loras_bench.plan import resolve
 from loras_bench.worker import look_at_device
 
 SEED = 0
 LEARNING_RATE = 1e-4
-RANK, ALPHA = 16, 32
 PATTERN = {"kind": "window", "window": 512, "global_tokens": 64}
 MAX_GRAD_NORM = 1.0
 """The default of transformers' Trainer, and ours."""
@@ -45,6 +45,11 @@ def random_tokens(shape: Shape) -> Tensor:
     """The one batch of a shape, the same for every arm: int64 (rows, length + 1) on the CPU."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(shape.vocabulary, (shape.rows, shape.length + 1), generator=generator)
+
+
+def label_mask(shape: Shape) -> Tensor:
+    """Which positions of a row are learned: bool (length,)."""
+    return torch.arange(shape.length) >= shape.length - (shape.labels or shape.length)
 
 
 def random_model(shape: Shape, device: torch.device) -> nn.Module:
@@ -77,7 +82,7 @@ def _peer(arm: Arm, shape: Shape, device: torch.device) -> Trainer:
         apply_liger_kernel_to_llama(rope=in_layers, rms_norm=in_layers, swiglu=in_layers)
     model: Any = random_model(shape, device)
     if arm.lora:
-        model = _with_adapters(model, arm)
+        model = _with_adapters(model, arm, shape)
     if shape.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -85,10 +90,11 @@ def _peer(arm: Arm, shape: Shape, device: torch.device) -> Trainer:
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
     call = _compiled(model, arm)
     ids_bs = random_tokens(shape)[:, :-1].to(device)
+    labels_bs = ids_bs.masked_fill(~label_mask(shape).to(device), IGNORED)
 
     def step(number: int) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        loss: Tensor = call(input_ids=ids_bs, labels=ids_bs).loss
+        loss: Tensor = call(input_ids=ids_bs, labels=labels_bs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
@@ -112,10 +118,11 @@ def _compiled(model: Any, arm: Arm) -> Any:
     return model
 
 
-def _with_adapters(model: nn.Module, arm: Arm) -> nn.Module:
+def _with_adapters(model: nn.Module, arm: Arm, shape: Shape) -> nn.Module:
     from peft import LoraConfig, TaskType, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if shape.attention_only else "all-linear"
+    config = LoraConfig(r=shape.rank, lora_alpha=2 * shape.rank, target_modules=targets, task_type=TaskType.CAUSAL_LM)
     return get_peft_model(model, config, autocast_adapter_dtype=not arm.bf16_adapters)
 
 
@@ -137,20 +144,24 @@ class RandomTokens(TaskData):
 
     def __init__(self, shape: Shape) -> None:
         self.sequence_length = shape.length
-        self._ids_bs = random_tokens(shape)
+        self._ids_bs, self._learned_s = random_tokens(shape), label_mask(shape)
 
     def rows(self, split: str) -> int:
         return len(self._ids_bs)
 
     def collate(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         ids_bs = self._ids_bs[list(indices)]
-        return {"input_ids": ids_bs[:, :-1].contiguous(), "targets": ids_bs[:, 1:].contiguous()}
+        targets_bs = ids_bs[:, 1:].masked_fill(~self._learned_s, IGNORED)
+        batch = {"input_ids": ids_bs[:, :-1].contiguous(), "targets": targets_bs}
+        if not self._learned_s.all():  # as Instructions has it
+            batch["label_rows"] = torch.from_numpy(label_rows(targets_bs.numpy()))
+        return batch
 
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
         return len(indices) * self.sequence_length
 
     def target_count(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
-        return self.real_tokens(split, indices)
+        return len(indices) * int(self._learned_s.sum())
 
     def eval_order(self, split: str) -> np.ndarray:
         return np.arange(len(self._ids_bs))
@@ -177,9 +188,12 @@ def _ours(arm: Arm, shape: Shape, device: torch.device) -> Trainer:
 def _experiment(arm: Arm, shape: Shape) -> Experiment:
     methods: list[dict[str, Any]] = []
     if arm.lora:
-        methods.append({"kind": "lora", "rank": RANK, "alpha": ALPHA})
+        targets = "attention" if shape.attention_only else "all-linear"
+        methods.append({"kind": "lora", "rank": shape.rank, "alpha": 2 * shape.rank, "targets": targets})
     if arm.sparse:
         methods.append({"kind": "sparse_attention", "pattern": PATTERN})
+    if arm.sliced:
+        methods.append({"kind": "sparse_lora", "layers": shape.slices, "start": 0.0})
     return Experiment.model_validate(
         {
             "name": arm.name,

@@ -31,7 +31,9 @@ def _size(entries: Sequence[Entry], place: tuple[str, str]) -> tuple[str, int, i
 def _title(device: str, shape: dict[str, Any]) -> str:
     checkpointing = ", gradient checkpointing" if shape["checkpointing"] else ""
     tokens = shape["rows"] * shape["length"]
-    return f"### {shape['model']}, S = {shape['length']:,}, {tokens:,} tokens a step{checkpointing}, on {device}"
+    learned = f", the last {shape['labels']:,} of a row learned" if shape.get("labels") else ""
+    length = f"S = {shape['length']:,}{learned}"
+    return f"### {shape['model']}, {length}, {tokens:,} tokens a step{checkpointing}, on {device}"
 
 
 def _lines(entries: Sequence[Entry]) -> list[str]:

@@ -76,6 +76,20 @@ def test_ours_is_what_the_package_trains(compared: Path) -> None:
     assert (pattern["kind"], pattern["window"], pattern["global_tokens"]) == ("window", 512, 64)
 
 
+def test_prompts_without_labels_and_sparse_lora_on_them(tmp_path: Path, fork_server: object) -> None:
+    out = tmp_path / "peers.json"
+    words = [*TRIAL, "--arms", "full,lora,ours_lora,ours_sparse_lora", "--out", str(out)]
+    words[words.index("tiny")] = "tiny-prompts"
+    assert peers.main(words) == 0
+    entries = entries_of(out)
+    assert {name: entry["reason"] for name, entry in entries.items()} == dict.fromkeys(entries)
+    assert len(entries) == 4
+    losses = [entry["first_loss"] for entry in entries.values()]
+    assert losses == pytest.approx([losses[0]] * 4, rel=0.02)
+    assert entries["ours_sparse_lora"]["first_loss"] != entries["ours_lora"]["first_loss"], "it leaves something out"
+    assert "the last 16 of a row learned" in render(list(entries.values()))
+
+
 def test_an_arm_that_cannot_run_is_a_row_with_its_reason(compared: Path) -> None:
     liger = entries_of(compared)["peer_full/liger"]
     assert liger["status"] == "failed" or liger["facts"]
