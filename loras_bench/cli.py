@@ -173,6 +173,44 @@ def kernels(
 
 
 @app.command()
+def sensitivity(
+    config: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [key=value ...]",
+            help="A YAML file with `lora`, and overrides of it; of `sparse_lora` all but the layers is kept.",
+            show_default=False,
+        ),
+    ],
+    flops: Annotated[
+        float, typer.Option(help="Budget: training FLOPs of a sparse step as a share of dense LoRA's.")
+    ] = 0.6,
+    feed_forward: Annotated[str, typer.Option(help="Sparsities to try for feed-forward layers.")] = "0.5,0.75,0.9,0.99",
+    attention: Annotated[str, typer.Option(help="Sparsities to try for attention.")] = "0.25,0.5,0.75",
+    rows: Annotated[int, typer.Option(min=2, help="Training rows whose loss is read.")] = 256,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of the dense training. Default: the config's budget.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="FOLDER", help="A finished run of the dense arm, instead of training one."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the dense training and the rows; with --run it is the run's.")
+    ] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the experiment, measurements, plots.")] = Path("sensitivity"),
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to run.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier search.")] = False,
+) -> None:
+    """Find a schedule for sparse_lora: which layers tolerate how much sparsity. A killed search goes on."""
+    from loras_bench.commands.sensitivity import find_schedule
+
+    raise typer.Exit(
+        find_schedule(config, flops, feed_forward, attention, rows, steps, run, seed, out, device, force=force)
+    )
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of an experiment's YAML, for editors."""
     from loras_bench.config import Experiment

@@ -1,0 +1,128 @@
+"""What `loras-bench sensitivity` measured and chose, as it lies in `<name>.sensitivity.json`; imports no torch.
+
+Losses are in nats a label token, increases over the loss with everything dense, errors are standard errors over rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from loras_bench.files import write_whole
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Reading(_Entry):
+    """How much the loss rises under some sparsity."""
+
+    increase: float
+    error: float
+
+
+class Measurement(Reading):
+    """With one part of one layer sparse."""
+
+    layer: int
+    part: str
+    """`feed_forward` or `attention`."""
+    sparsity: float
+
+
+class Schedule(_Entry):
+    """Sparsities of many layers, and what they do together."""
+
+    layers: dict[str, dict[str, float]]
+    """As `sparse_lora` takes them."""
+    flops_ratio: float
+    """Training FLOPs of a sparse step, as a share of dense LoRA's."""
+    joint: Reading
+    """Measured."""
+
+
+class Choice(Schedule):
+    """The schedule of least increase within a budget of FLOPs."""
+
+    flops_budget: float
+    predicted: float
+    """Sum of the increases that were measured one part at a time."""
+    uniform: Schedule
+    """One sparsity in all layers and parts, at no more FLOPs than the choice."""
+
+
+class Sensitivity(BaseModel):
+    """A search: what was asked, everything measured so far, and the choice when it is made."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    schema_version: Literal[1] = 1
+    request: str
+    """Hash of everything that the measurements depend on."""
+    experiment: dict[str, Any]
+    """The dense LoRA run that is measured, resolved for the device."""
+    sparse_lora: dict[str, Any]
+    """Settings of the method without `layers` and `start`."""
+    seed: int
+    dense_run: str
+    """Folder of the trained adapters."""
+    device: str
+    model: str
+    dataset: str
+    dataset_hash: str
+    layer_count: int
+    rows: int
+    """Calibration rows, of the training set."""
+    context_tokens: int
+    """Mean of a row, those that are sparse in training."""
+    dense_tokens: int
+    """Mean of a row, those that stay dense: they predict a label, or fill a tile up."""
+    grid: dict[str, list[float]]
+    dense_loss: float | None = None
+    measurements: list[Measurement] = []
+    choice: Choice | None = None
+
+    def known(self) -> dict[tuple[int, str, float], Measurement]:
+        """Measurements by layer, part and sparsity."""
+        return {(one.layer, one.part, one.sparsity): one for one in self.measurements}
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
+
+
+def read_sensitivity(path: Path) -> Sensitivity | None:
+    """A search that was written before; None where there is none, or none that can be read."""
+    try:
+        return Sensitivity.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
+
+
+def describe(found: Sensitivity) -> str:
+    """A finished search in a few lines, for the terminal."""
+    assert found.choice is not None
+    choice, even = found.choice, found.choice.uniform
+    (share,) = {share for shares in even.layers.values() for share in shares.values()} or {0.0}
+    rows = [
+        ("chosen, parts added up", choice.flops_ratio, f"{choice.predicted:+.4f}"),
+        ("chosen, together", choice.flops_ratio, _signed(choice.joint)),
+        (f"uniform, {share:g} everywhere", even.flops_ratio, _signed(even.joint)),
+    ]
+    lines = [
+        f"{found.model} on {found.dataset}: {found.rows} rows of {found.context_tokens} context and "
+        f"{found.dense_tokens} dense tokens, loss {found.dense_loss:.4f} nats a label token",
+        f"{'':26}  FLOPs / dense  loss increase ± standard error",
+        *(f"{name:26}  {ratio:13.3f}  {rise}" for name, ratio, rise in rows),
+        "layers:",
+        *(f'  "{key}": {{{", ".join(f"{part}: {share:g}" for part, share in parts.items())}}}'
+          for key, parts in choice.layers.items()),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _signed(reading: Reading) -> str:
+    return f"{reading.increase:+.4f} ± {reading.error:.4f}"
