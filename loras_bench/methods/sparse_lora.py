@@ -179,8 +179,8 @@ class SparseLora(Method[SparseLoraConfig]):
         import torch
 
         tensors = {}
-        if "starts" in batch:
-            tensors["samples"] = torch.arange(len(batch["starts"]))
+        if "document_ids" in batch:  # the fill of a packed row is one more document
+            tensors["samples"] = torch.arange(int(batch["document_ids"][batch["attention_mask"].bool()].max()) + 1)
         if self.config.tokens == "all":
             return tensors
         rows = self._dense_rows(batch)

@@ -138,9 +138,15 @@ def test_random_dense_tokens_are_as_many_real_ones_and_the_same_when_asked_again
     assert torch.equal(found, with_tensors(one, batch, 1)["dense_rows"])
 
 
-def test_documents_of_a_packed_batch_are_numbered() -> None:
-    packed = {"input_ids": torch.zeros(1, 16), "starts": torch.tensor([0, 5, 9])}
+def test_documents_of_a_packed_batch_are_numbered_without_its_fill() -> None:
+    packed = {
+        "input_ids": torch.zeros(1, 16),
+        "document_ids": torch.tensor([[0] * 5 + [1] * 4 + [2] * 3 + [3] * 4]),
+        "attention_mask": torch.tensor([[True] * 12 + [False] * 4]),
+    }
     assert method(tokens="all").batch_tensors(packed)["samples"].tolist() == [0, 1, 2]
+    whole = {name: tensor[:, :12] for name, tensor in packed.items()}
+    assert method(tokens="all").batch_tensors(whole)["samples"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("start", "steps", "dense"), [(0.05, 100, 5), (0.05, 101, 6), (0.1, 30, 3), (0.0, 9, 0)])
