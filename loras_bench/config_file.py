@@ -4,7 +4,6 @@ key.
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
 import typing
@@ -16,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from loras_bench.config import Experiment
-from loras_bench.errors import ConfigError
+from loras_bench.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
 _SHAPES = {
@@ -208,14 +207,14 @@ def _explain(error: Any, content: Any, source: Source) -> tuple[str, str | None]
     match error["type"]:
         case "extra_forbidden":
             known = {field for model in _models_at(location[:-1], content) for field in model.model_fields}
-            guess, hint = _did_you_mean(str(key), known, "known keys")
+            guess, hint = _closest(str(key), known, "known keys")
             return f"{place.origin}: unknown key `{key}` in {parent}{place.on_line}{guess}", hint
         case "missing":
             return f"{place.origin}: key `{key}` is missing in {parent}{place.on_line}", None
         case "union_tag_not_found":
             return f"{place}: `{name}` needs a `kind`", f"known kinds: {', '.join(_kinds_at(location, content))}"
         case "union_tag_invalid":
-            guess, hint = _did_you_mean(str(error["ctx"]["tag"]), _kinds_at(location, content), "known kinds")
+            guess, hint = _closest(str(error["ctx"]["tag"]), _kinds_at(location, content), "known kinds")
             return f"{place}: unknown kind `{error['ctx']['tag']}` in {parent}{guess}", hint
     message = _SHAPES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     given = error["input"]
@@ -223,11 +222,11 @@ def _explain(error: Any, content: Any, source: Source) -> tuple[str, str | None]
     return f"{place}: {f'`{name}`: ' if name else ''}{message}{shown}", None
 
 
-def _did_you_mean(word: str, known: Iterable[str], what: str) -> tuple[str, str | None]:
+def _closest(word: str, known: Iterable[str], what: str) -> tuple[str, str | None]:
     """The end of the message if a known word is close, else a hint that lists them all."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
-    return (f"; did you mean `{close[0]}`?", None) if close else ("", f"{what}: {', '.join(names)}")
+    guess = did_you_mean(word, names)
+    return guess, None if guess else f"{what}: {', '.join(names)}"
 
 
 def _child(content: Any, part: str | int) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done: what is wrong, and what to do about it.
@@ -19,3 +22,9 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """An experiment's YAML, or an override of it, is wrong or asks for an impossible combination."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known one that is close, or nothing."""
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""

@@ -12,10 +12,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from loras_bench.catalog import locate_data, locate_model
+from loras_bench.catalog import locate_data
 from loras_bench.config import Experiment
 from loras_bench.config_file import is_override, load_experiment
 from loras_bench.errors import UserError
+from loras_bench.models.catalog import locate_model
 from loras_bench.plan import PlannedRun, plan_blocks, pretraining_of
 from loras_bench.progress import Progress
 from loras_bench.requests import Device

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from loras_bench.cache import cached_folder
-from loras_bench.catalog import ModelLocation
 from loras_bench.errors import UserError
+from loras_bench.models.catalog import ModelLocation
 
 
 def as_safetensors(location: ModelLocation) -> ModelLocation:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loras_bench.attention.families import DROPOUT_FIELD
-from loras_bench.catalog import ModelLocation, Task, locate_model
+from loras_bench.catalog import Task
 from loras_bench.errors import ConfigError, UserError
+from loras_bench.models.catalog import ModelLocation, locate_model
 from loras_bench.models.gguf import as_safetensors, file_sha256
 from loras_bench.models.tokenizer import ENCODER_FAMILIES, load_tokenizer
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loras_bench.attention.families import CAUSAL, DROPOUT_FIELD
-from loras_bench.catalog import ModelLocation, locate_model
 from loras_bench.config import ModelConfig, TokenizerConfig
 from loras_bench.data.tokens import END_OF_TEXT
 from loras_bench.errors import ConfigError, UserError
+from loras_bench.models.catalog import ModelLocation, locate_model
 from loras_bench.models.gguf import as_safetensors
 
 if TYPE_CHECKING:
