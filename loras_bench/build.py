@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loras_bench.attention.dispatch import ModelAttention
 from loras_bench.checkpoint import TrainingState
@@ -22,7 +23,7 @@ from loras_bench.models.objective import Objective, unwrapped
 from loras_bench.models.saved import open_run
 from loras_bench.models.tokenizer import load_tokenizer
 from loras_bench.optimizer import MasterAdamW
-from loras_bench.training import Loop, StepPlan, plan_steps
+from loras_bench.training import Loop, StepPlan, plan_batches, plan_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -127,7 +128,9 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, ingredient
     methods = build_methods(experiment, model.config)
     attention = ModelAttention.install(model, experiment.model.dense_attention, device)
     set_seed(seed)  # the adapters' first weights depend on the seed alone, not on how the model was read
+    plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
     for method in methods:
+        method.observe(_one_pass(data, plan))
         model = method.prepare(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trained: every parameter is frozen")
@@ -138,7 +141,6 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, ingredient
         unwrapped(model).disable_input_require_grads()
     if any(method.wants_taps for method in methods):
         attention.taps = Taps()
-    plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
     for method in methods:
         method.plan(plan.steps)
     objective = Objective(model, data.task, experiment.training.loss).train()  # type: ignore[arg-type]
@@ -167,6 +169,8 @@ def build(experiment: Experiment, seed: int, device: str, ingredients: Ingredien
         )
     parts.model.to(accelerator.device)
     optimizer = _optimizer(experiment, parts)
+    for method in parts.methods:
+        method.start(parts.objective, optimizer, _one_pass(parts.data, parts.plan, parts.methods))
     fused = _fuse(parts.model) if experiment.model.implementation == "fused" else None
     prepared: Any = parts.objective
     if accelerator.num_processes > 1:
@@ -188,6 +192,12 @@ def build(experiment: Experiment, seed: int, device: str, ingredients: Ingredien
     return Build(**vars(parts), optimizer=optimizer, state=state, loop=loop, accelerator=accelerator, fused=fused)
 
 
+def _one_pass(data: TaskData, plan: StepPlan, methods: Sequence[Method[Any]] = ()) -> Iterator[dict[str, Tensor]]:
+    """The micro-batches of the first steps, as many as read every training row."""
+    for step in range(math.ceil(plan.rows / plan.rows_per_step)):
+        yield from plan_batches(data, plan, step, methods=methods)
+
+
 def _fuse(model: nn.Module) -> FusedForward | FusedLinears:
     """The fused forward pass of the architecture; where it has none, fused LoRA layers."""
     from loras_bench.models.fused_bert import FusedBert  # late: they need Triton
@@ -197,7 +207,7 @@ def _fuse(model: nn.Module) -> FusedForward | FusedLinears:
 
     base = unwrapped(model).base_model
     for kind in (FusedLlama, FusedBert, FusedGpt2):
-        if kind.why_not(base.config) is None:
+        if kind.why_not(base.config) is None and not hasattr(base.config, "folding"):
             return kind.install(base)
     return FusedLinears(model)
 

@@ -211,6 +211,28 @@ def sensitivity(
 
 
 @app.command()
+def counts(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="bert-base, gpt2, or models as in an experiment's `model.name`.",
+            show_default="bert-base gpt2",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of feed-forward and embedding weights set to zero.")
+    ] = 0.7,
+    rank: Annotated[int, typer.Option(min=1, help="Rows left of a query or key matrix.")] = 1,
+    format: Annotated[Literal["md", "json"], typer.Option(help="Form of the table.")] = "md",
+) -> None:
+    """Count what folding and pruning leave of models' weights, from their configurations."""
+    from loras_bench.commands.counts import print_counts
+
+    print_counts(models or ["bert-base", "gpt2"], sparsity, rank, format)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of an experiment's YAML, for editors."""
     from loras_bench.config import Experiment

@@ -21,7 +21,7 @@ from loras_bench.commands.run import run_experiments
 from loras_bench.config import Experiment
 
 HEAVY = ("torch", "transformers", "pandas", "numpy", "matplotlib", "scipy", "datasets", "peft", "accelerate")
-COMMANDS = ("run", "table", "pareto", "doctor", "kernels", "sensitivity", "schema")
+COMMANDS = ("run", "table", "pareto", "doctor", "kernels", "sensitivity", "counts", "schema")
 MAX_HELP_S = 0.3
 
 

@@ -32,6 +32,7 @@ class CoreCall:
     layer: int
     heads: int
     head_dim: int
+    value_dim: int
     pairs: PairCounts
     backward_factor: float
     """FLOPs of the backward pass over the forward pass: 2.5 where scores are recomputed, 2 where they are kept."""
@@ -39,8 +40,9 @@ class CoreCall:
     """Whether its backward pass ran."""
 
     def flops(self, pairs: int) -> float:
-        """FLOPs of this call if it computed `pairs` pairs: two products of 2 * pairs * head_dim, and the backward."""
-        return 4 * pairs * self.head_dim * self.heads * (1 + self.backward_factor * self.backward)
+        """FLOPs of this call if it computed `pairs` pairs: a product of each width, and the backward."""
+        forward = 2 * pairs * (self.head_dim + self.value_dim) * self.heads
+        return forward * (1 + self.backward_factor * self.backward)
 
 
 class _CountedCore(torch.autograd.Function):
@@ -50,7 +52,7 @@ class _CountedCore(torch.autograd.Function):
     def forward(ctx: Any, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, call: CoreCall) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q_bhsd, k_bgsd, v_bgsd)
         ctx.call = call
-        out_bhsd = torch.zeros_like(q_bhsd, dtype=v_bgsd.dtype)
+        out_bhsd = v_bgsd.new_zeros(*q_bhsd.shape[:3], v_bgsd.shape[3])
         return out_bhsd, torch.zeros(q_bhsd.shape[:3], dtype=torch.float32, device=q_bhsd.device)
 
     @staticmethod

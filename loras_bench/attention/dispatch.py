@@ -48,6 +48,8 @@ class ModelAttention:
         self.device = device
         self.taps: Taps | None = None
         """Set it to collect q, k and the log-sum-exp of every layer."""
+        self.equal_widths = True
+        """Whether queries and values of every layer have the same width; what only SDPA can do without."""
         self._dense = SdpaBackend(dense_kernel)
         sparse: list[Backend] = [TritonBackend(), FlexBackend(), ReferenceBackend()]  # by preference
         self._sparse = {backend.name: backend for backend in sparse}
@@ -176,7 +178,8 @@ class ModelAttention:
             out_bhsd, lse_bhs = backend.attend(q_bhsd, k_bgsd, v_bgsd, bound, scale)
         else:
             pairs = self._count(bound, len(q_bhsd))
-            call = CoreCall(layer, q_bhsd.shape[1], q_bhsd.shape[3], pairs, backend.backward_factor)
+            widths = q_bhsd.shape[3], v_bgsd.shape[3]
+            call = CoreCall(layer, q_bhsd.shape[1], *widths, pairs, backend.backward_factor)
             self._calls.append(call)
             out_bhsd, lse_bhs = count_core(q_bhsd, k_bgsd, v_bgsd, call)
         if self.taps is not None:
@@ -236,7 +239,7 @@ class ModelAttention:
         SDPA would need the whole n x n mask for packed documents: those are ours where Triton runs.
         """
         if isinstance(pattern, Dense) and self.taps is None:
-            ours = self._sparse["triton"].refusal(pattern, self.device, self.head_dim) is None
+            ours = self.equal_widths and self._sparse["triton"].refusal(pattern, self.device, self.head_dim) is None
             if not (packed and ours and self._dense.kernel == "auto"):
                 if refusal := self._dense.refusal(pattern, self.device, self.head_dim):
                     raise ConfigError(f"dense_attention: {refusal}", "use dense_attention: auto")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Union
 
+from loras_bench.methods.folding import Fold, FoldConfig
 from loras_bench.methods.lora import Lora, LoraConfig
+from loras_bench.methods.pruning import Prune, PruneConfig
 from loras_bench.methods.sparse_attention import SparseAttention, SparseAttentionConfig
 from loras_bench.methods.sparse_lora import SparseLora, SparseLoraConfig
 
-MethodUnion = Union[LoraConfig, SparseAttentionConfig, SparseLoraConfig]  # noqa: UP007 (pydantic reads it at run time)
-METHODS = {"lora": Lora, "sparse_attention": SparseAttention, "sparse_lora": SparseLora}
+MethodUnion = Union[  # noqa: UP007 (pydantic reads it at run time)
+    FoldConfig, LoraConfig, PruneConfig, SparseAttentionConfig, SparseLoraConfig
+]
+METHODS = {"fold": Fold, "lora": Lora, "prune": Prune, "sparse_attention": SparseAttention, "sparse_lora": SparseLora}

@@ -1,0 +1,142 @@
+"""The folded attention block: what is left of a block's query, key and value matrices, and its forward pass.
+
+    a = u x + c    b = w x                              (r of each for a group of heads)
+    P = softmax(mask(scaling E / r  a b^T))             (E rows of a head, of which r are left)
+    y = W_o (P (v * x)) + b_o                           or W_o (P W_V x) + b_o
+
+A group is one head, or all of them. Logits are a product of width r, not E. Rotary embedding multiplies them by a fixed
+function of the distance (at r = 1 by sum_p 2 cos(theta_p (i - j)) / E), which is of rank E: there, a and b
+are spread over the E rotated channels, and the logits cost what dense ones do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from loras_bench.errors import UserError
+from loras_bench.folding.factors import bands
+
+if TYPE_CHECKING:
+    from loras_bench.attention.binding import AttentionBatch
+    from loras_bench.attention.dispatch import ModelAttention
+
+ALIGNMENT_BYTES = 16
+"""What CUDA's attention kernels ask of a row of q and k; zeros fill it."""
+
+
+@dataclass(frozen=True)
+class FoldShape:
+    """The sizes of a folded block.
+
+    `hidden` channels come in; the dense block had `heads`, of `key_heads` different keys and values, of `head_dim`
+    rows. It has `groups` of heads with `rank` rows each now.
+    """
+
+    hidden: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    groups: int
+    rank: int
+    rotary: bool
+    scaling: float
+
+
+class FoldedAttention(nn.Module):
+    """Takes a transformers attention module's place; its core goes through `ModelAttention`, as every arm's.
+
+    Args:
+        shape: Of the block.
+        layer_idx: Of the layer.
+        is_causal: Whether tokens see only their past.
+        value: The value projection; None for a diagonal.
+        output: What follows the core within the module, by name: the output projection and its dropout, if they are
+            parts of it.
+    """
+
+    model_attention: ModelAttention
+    band_e: Tensor
+
+    def __init__(
+        self,
+        shape: FoldShape,
+        layer_idx: int,
+        is_causal: bool,
+        value: nn.Module | None,
+        output: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__()
+        self.shape, self.layer_idx, self.is_causal = shape, layer_idx, is_causal
+        rows = shape.groups, shape.rank
+        self.query = nn.Parameter(torch.zeros(*rows, shape.hidden))
+        self.query_bias = nn.Parameter(torch.zeros(rows))
+        self.key = nn.Parameter(torch.zeros(*rows, shape.hidden))
+        self.value = value
+        self.value_scale = nn.Parameter(torch.ones(shape.hidden)) if value is None else None
+        self.scale = shape.scaling if shape.rotary else shape.scaling * shape.head_dim / shape.rank
+        self.register_buffer("band_e", bands(shape.head_dim, shape.rank, shape.rotary), persistent=False)
+        self.output_names = tuple(output)
+        for name, module in output.items():
+            self.add_module(name, module)
+
+    @property
+    def folded_rows(self) -> list[nn.Parameter]:
+        """What was made of the query, key and value matrices, but for a dense one."""
+        rows = [self.query, self.query_bias, self.key]
+        return rows if self.value_scale is None else [*rows, self.value_scale]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        attention_batch: AttentionBatch | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers' attention modules: (batch, length, hidden) to (batch, length, hidden)."""
+        if past_key_values is not None:
+            raise UserError("folded attention keeps no key/value cache", "pass use_cache=False")
+        if attention_batch is None:  # a layer called by itself, outside its model
+            attention_batch = self.model_attention.batch(
+                hidden_states.shape[1], hidden_states.device, padding_bs=attention_mask
+            )
+        out_bsd = self.mix(hidden_states, attention_batch, position_embeddings)
+        for name in self.output_names:
+            out_bsd = self.get_submodule(name)(out_bsd)
+        return out_bsd, None
+
+    def mix(self, x_bsd: Tensor, batch: AttentionBatch, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What the output projection reads: (batch, length, width)."""
+        a_bgsr = self._grouped(F.linear(x_bsd, self.query.flatten(0, 1), self.query_bias.flatten()))
+        b_bgsr = self._grouped(F.linear(x_bsd, self.key.flatten(0, 1)))
+        if self.shape.rotary:
+            assert rotation is not None
+            a_bgsr, b_bgsr = apply_rotary_pos_emb(a_bgsr[..., self.band_e], b_bgsr[..., self.band_e], *rotation)
+        elif x_bsd.is_cuda:
+            fill = -self.shape.rank % (ALIGNMENT_BYTES // x_bsd.element_size())
+            a_bgsr, b_bgsr = F.pad(a_bgsr, (0, fill)), F.pad(b_bgsr, (0, fill))
+        v_bgsd = self._grouped(self._values(x_bsd))
+        out_bgsd: Tensor = self.model_attention.attend(self.layer_idx, a_bgsr, b_bgsr, v_bgsd, batch, self.scale)
+        return out_bgsd.transpose(1, 2).flatten(2)
+
+    def _values(self, x_bsd: Tensor) -> Tensor:
+        if self.value is None:
+            assert self.value_scale is not None
+            return x_bsd * self.value_scale
+        v_bsd: Tensor = self.value(x_bsd)
+        sharing = self.shape.heads // self.shape.key_heads
+        if sharing == 1:
+            return v_bsd
+        v_bsgd = v_bsd.view(*v_bsd.shape[:2], self.shape.key_heads, -1)
+        return v_bsgd.repeat_interleave(sharing, dim=2).flatten(2)
+
+    def _grouped(self, x_bsd: Tensor) -> Tensor:
+        return x_bsd.view(*x_bsd.shape[:2], self.shape.groups, -1).transpose(1, 2)
