@@ -68,9 +68,12 @@ def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Ten
     inner = unwrapped(model)
     hidden_nd = inner.base_model(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, on_device["places"])
     sums_b = torch.zeros(int(documents_n[-1]) + 1, device=device)
+    head = inner.get_output_embeddings()
+    exact = head.weight.float() if type(head) is nn.Linear and head.bias is None else None
     for start in range(0, len(places_n), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
-        logits_nv = inner.get_output_embeddings()(hidden_nd[part]).float()
+        # logits in bfloat16 are off by up to 0.3 nats an answer, which turns one answer in 40 (ARC-Easy)
+        logits_nv = head(hidden_nd[part]).float() if exact is None else F.linear(hidden_nd[part].float(), exact)
         losses_n = F.cross_entropy(logits_nv, on_device["targets"][part], reduction="none")
         sums_b.index_add_(0, on_device["documents"][part], -losses_n)
     return sums_b

@@ -78,8 +78,11 @@ def build_methods(experiment: Experiment, model_config: Any) -> list[Method[Any]
         ConfigError: Two methods conflict, or one asks for what this model cannot do.
     """
     methods = sorted((METHODS[config.kind](config) for config in experiment.methods), key=lambda method: method.stage)
-    for index, method in enumerate(methods):
-        method.check([*methods[:index], *methods[index + 1 :]], model_config)
+    try:
+        for index, method in enumerate(methods):
+            method.check([*methods[:index], *methods[index + 1 :]], model_config)
+    except ConfigError as error:
+        raise ConfigError(f"experiment `{experiment.name}`: {error.message}", error.hint) from None
     return methods
 
 

@@ -175,10 +175,10 @@ def experiment_text(experiment: Experiment, found: Sensitivity) -> str:
         f"{found.context_tokens} context and {found.dense_tokens} dense tokens.",
         f"A sparse step takes {choice.flops_ratio:.3f} of dense LoRA's FLOPs. Loss {found.dense_loss:.4f} nats a label "
         "token with everything dense;",
-        f"increase: parts one at a time, added up, {choice.predicted:.4f}; together {choice.joint.increase:.4f} "
-        f"(standard error {choice.joint.error:.4f});",
-        f"uniform sparsity at the same FLOPs {choice.uniform.joint.increase:.4f} "
-        f"(standard error {choice.uniform.joint.error:.4f}).",
+        f"increase: parts one at a time, added up, {choice.predicted:.2g}; together {choice.joint.increase:.2g} "
+        f"(standard error {choice.joint.error:.1g});",
+        f"the best uniform schedule at the same FLOPs {choice.uniform.joint.increase:.2g} "
+        f"(standard error {choice.uniform.joint.error:.1g}).",
     ]
     content = yaml.safe_dump(
         found_experiment(experiment, found), sort_keys=False, default_flow_style=None, allow_unicode=True, width=110

@@ -148,6 +148,10 @@ def _show(blocks: Sequence[Sequence[PlannedRun]], device: Device, workers: Worke
     for run in sorted(blocks[0], key=lambda run: run.experiment.name):
         facts.add_row(run.experiment.name, *_count(run, device, workers, results))
     console.print(facts)
+    if device.kind == "cpu":
+        console.print(
+            " executed: by this CPU's reference, which skips nothing; GPU kernels execute little more than is allowed"
+        )
 
 
 def _with_pretraining(blocks: Sequence[Sequence[PlannedRun]], results: Path, device: Device) -> list[PlannedRun]:

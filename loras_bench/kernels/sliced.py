@@ -35,7 +35,7 @@ from loras_bench.kernels.sliced_parts import (
 )
 
 
-def sliced_outputs(group: LinearGroup, x_tk: Tensor, dense: int, kept_c: Tensor) -> Tensor:
+def sliced_outputs(group: LinearGroup, x_tk: Tensor, dense: int, kept_c: Tensor, wants_output: bool = True) -> Tensor:
     """The group's outputs (tokens, n); the base's part only at the kept channels for context tokens.
 
     Args:
@@ -43,8 +43,10 @@ def sliced_outputs(group: LinearGroup, x_tk: Tensor, dense: int, kept_c: Tensor)
         x_tk: Tokens, the dense ones first. What stood in its border is overwritten.
         dense: How many are dense.
         kept_c: int64, channels of the group's output side by side, each once.
+        wants_output: As `LinearGroup` takes it.
     """
-    y: Sequence[Tensor] = _SlicedOutputs.apply(x_tk, dense, kept_c, False, group.packed, group.slots, *group.parameters)
+    facts = group.packed, group.slots, wants_output
+    y: Sequence[Tensor] = _SlicedOutputs.apply(x_tk, dense, kept_c, False, *facts, *group.parameters)
     return y[0]
 
 
@@ -57,10 +59,10 @@ def narrow_outputs(group: LinearGroup, x_tk: Tensor, dense: int, kept_pc: Tensor
         dense: As there.
         kept_pc: int64, p parts of so many channels; each part is filled up with zeros to `padded(c)` columns.
     """
-    return Rows(*_SlicedOutputs.apply(x_tk, dense, kept_pc, True, group.packed, group.slots, *group.parameters))
+    return Rows(*_SlicedOutputs.apply(x_tk, dense, kept_pc, True, group.packed, group.slots, True, *group.parameters))
 
 
-def sliced_inputs(group: LinearGroup, x_tk: Tensor, dense: int, kept_c: Tensor) -> Tensor:
+def sliced_inputs(group: LinearGroup, x_tk: Tensor, dense: int, kept_c: Tensor, wants_output: bool = True) -> Tensor:
     """The group's outputs (tokens, n), where the base reads only the kept channels of context tokens.
 
     Args:
@@ -68,18 +70,20 @@ def sliced_inputs(group: LinearGroup, x_tk: Tensor, dense: int, kept_c: Tensor) 
         x_tk: Tokens, the dense ones first. What stood in its border is overwritten.
         dense: How many are dense.
         kept_c: int64, channels of x, each once.
+        wants_output: As `LinearGroup` takes it.
     """
-    y_tn: Tensor = _SlicedInputs.apply(x_tk, None, dense, kept_c, group.packed, group.slots, *group.parameters)
+    facts = group.packed, group.slots, wants_output
+    y_tn: Tensor = _SlicedInputs.apply(x_tk, None, dense, kept_c, *facts, *group.parameters)
     return y_tn
 
 
-def narrow_inputs(group: LinearGroup, x: Rows, kept_c: Tensor) -> Tensor:
+def narrow_inputs(group: LinearGroup, x: Rows, kept_c: Tensor, wants_output: bool = True) -> Tensor:
     """As `sliced_inputs` for rows (dense, k) and (context, width): channels that are not kept are zero for context.
 
     The kept ones are filled up with zeros to `padded(c)` columns.
     """
-    dense = len(x.dense)
-    y_tn: Tensor = _SlicedInputs.apply(*x, dense, kept_c, group.packed, group.slots, *group.parameters)
+    facts = group.packed, group.slots, wants_output
+    y_tn: Tensor = _SlicedInputs.apply(*x, len(x.dense), kept_c, *facts, *group.parameters)
     return y_tn
 
 
@@ -88,7 +92,15 @@ class _SlicedOutputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_tk: Tensor, dense: int, kept: Tensor, narrow: bool, packed: Packed, slots: list[Slot], *_: Tensor
+        ctx: Any,
+        x_tk: Tensor,
+        dense: int,
+        kept: Tensor,
+        narrow: bool,
+        packed: Packed,
+        slots: list[Slot],
+        wants_output: bool,
+        *_: Tensor,
     ) -> tuple[Tensor, ...]:
         kept_pc = kept.view(-1, kept.shape[-1])
         whole, gathered = packed.matrix.t(), gathered_rows(packed, kept_pc).t()
@@ -96,6 +108,8 @@ class _SlicedOutputs(torch.autograd.Function):
         outputs = whole.shape[1] - packed.border
         biases = None if packed.bias_n is None else Rows(packed.bias_n, gathered_bias(packed.bias_n, kept_pc))
         _keep(ctx, dense, narrow, packed, slots, x, u, kept_pc, gathered)
+        if not wants_output:
+            return (x_tk.new_empty(len(x_tk), outputs),)
         kept_columns = gathered[:, : gathered.shape[1] - packed.border]
         return spread(x, u, whole[:, :outputs], kept_columns, None if narrow else kept_pc[0], biases)
 
@@ -110,7 +124,7 @@ class _SlicedOutputs(torch.autograd.Function):
         if ctx.wants_dx:
             dx_tk = collect(dy, v, whole[:, :inputs], part[:, :inputs], None if ctx.narrow else kept_pc[0])
         gradients = _adapter_gradients(ctx, saved, dy, v, kept_b=kept_pc if ctx.narrow else None)
-        return dx_tk, None, None, None, None, None, *gradients
+        return dx_tk, None, None, None, None, None, None, *gradients
 
 
 class _SlicedInputs(torch.autograd.Function):
@@ -125,6 +139,7 @@ class _SlicedInputs(torch.autograd.Function):
         kept_c: Tensor,
         packed: Packed,
         slots: list[Slot],
+        wants_output: bool,
         *_: Tensor,
     ) -> Tensor:
         whole, gathered = packed.matrix.t(), gathered_columns(packed, kept_c).t()
@@ -133,6 +148,8 @@ class _SlicedInputs(torch.autograd.Function):
         outputs, narrow = whole.shape[1] - packed.border, context_sc is not None
         biases = None if packed.bias_n is None else Rows(packed.bias_n, packed.bias_n)
         _keep(ctx, dense, narrow, packed, slots, x, u, kept_c, gathered)
+        if not wants_output:
+            return x_tk.new_empty(len(x.dense) + len(x.context), outputs)
         return collect(x, u, whole[:, :outputs], gathered[:, :outputs], None if narrow else kept_c, biases)
 
     @staticmethod
@@ -147,7 +164,7 @@ class _SlicedInputs(torch.autograd.Function):
             kept_columns = part[:, : part.shape[1] - packed.border]
             dxs = spread(dy, v, whole[:, :inputs], kept_columns, None if ctx.narrow else kept_c)
         gradients = _adapter_gradients(ctx, saved, dy, v, kept_a=kept_c[None] if ctx.narrow else None)
-        return *(dxs if ctx.narrow else (dxs[0], None)), None, None, None, None, *gradients
+        return *(dxs if ctx.narrow else (dxs[0], None)), None, None, None, None, None, *gradients
 
 
 def _keep(

@@ -39,6 +39,12 @@ class SlicedParts(BaseModel):
     attention: float | None = Field(default=None, ge=0, lt=1)
     """Of the channels of keys and values, with those of queries and of attention's output that belong to them."""
 
+    @model_validator(mode="after")
+    def _names_a_part(self) -> SlicedParts:
+        if self.feed_forward is None and self.attention is None:
+            raise ValueError("give `feed_forward`, `attention` or both")
+        return self
+
 
 class SparseLoraConfig(MethodConfig):
     """Which layers are sparse, for which tokens and from when on."""

@@ -120,7 +120,7 @@ class FusedLlama(FusedForward):
         else:
             starts = accumulate(qkv.widths, initial=0)
             kept_c = torch.cat([kept + start for kept, start in zip(channels[:3], starts, strict=False)])
-            qkv_nd = sliced_outputs(qkv, normed_nd, tokens.dense, kept_c)
+            qkv_nd = sliced_outputs(qkv, normed_nd, tokens.dense, kept_c, not self.recomputes)
         heads = self.base.config.num_attention_heads, self.base.config.num_key_value_heads
         order_n = None if tokens is None else tokens.order_t
         split = rotary_split(qkv_nd, *angles, *heads, qkv.border, order_n)
@@ -155,9 +155,11 @@ class FusedLlama(FusedForward):
         kept_2c = torch.stack([kept_c, kept_c + gate_up.widths[0]])
         if gate_up.border and down.border:
             gate_up_nf = sliced_outputs(gate_up, x_nd, tokens.dense, kept_2c.flatten())
-            return sliced_inputs(down, swiglu(gate_up_nf, down.border, gate_up.border), tokens.dense, kept_c)
+            hidden_nf = swiglu(gate_up_nf, down.border, gate_up.border)
+            return sliced_inputs(down, hidden_nf, tokens.dense, kept_c, not self.recomputes)
         parts = narrow_outputs(gate_up, x_nd, tokens.dense, kept_2c)
-        return narrow_inputs(down, Rows(*(swiglu(part, down.border, gate_up.border) for part in parts)), kept_c)
+        hidden = Rows(*(swiglu(part, down.border, gate_up.border) for part in parts))
+        return narrow_inputs(down, hidden, kept_c, not self.recomputes)
 
 
 def _dense_first(x_nd: Tensor, tokens: BatchTokens | None, border: int = 0) -> Tensor:

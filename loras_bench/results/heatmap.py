@@ -108,5 +108,5 @@ def _title(found: Sensitivity) -> tuple[str, str]:
         f"{found.model} on {found.dataset}, {found.rows} rows. Circles: chosen for at most {choice.flops_budget:g} of "
         "dense LoRA's FLOPs.",
         f"Loss increase of the chosen: parts added up {choice.predicted:.3g}, together {choice.joint.increase:.3g}; of "
-        f"uniform sparsity {choice.uniform.joint.increase:.3g}.",
+        f"best uniform schedule {choice.uniform.joint.increase:.3g}.",
     )

@@ -49,9 +49,9 @@ class Choice(Schedule):
 
     flops_budget: float
     predicted: float
-    """Sum of the increases that were measured one part at a time."""
+    """Sum of the increases that were measured one part at a time, those within their standard error as 0."""
     uniform: Schedule
-    """One sparsity in all layers and parts, at no more FLOPs than the choice."""
+    """The best with one sparsity of each part in all layers, at no more FLOPs than the choice."""
 
 
 class Sensitivity(BaseModel):
@@ -106,17 +106,18 @@ def describe(found: Sensitivity) -> str:
     """A finished search in a few lines, for the terminal."""
     assert found.choice is not None
     choice, even = found.choice, found.choice.uniform
-    (share,) = {share for shares in even.layers.values() for share in shares.values()} or {0.0}
+    shares = {part: share for parts in even.layers.values() for part, share in parts.items()}
     rows = [
-        ("chosen, parts added up", choice.flops_ratio, f"{choice.predicted:+.4f}"),
+        ("chosen, parts added up", choice.flops_ratio, f"{choice.predicted:+.2g}"),
         ("chosen, together", choice.flops_ratio, _signed(choice.joint)),
-        (f"uniform, {share:g} everywhere", even.flops_ratio, _signed(even.joint)),
+        ("best uniform", even.flops_ratio, _signed(even.joint)),
     ]
     lines = [
         f"{found.model} on {found.dataset}: {found.rows} rows of {found.context_tokens} context and "
         f"{found.dense_tokens} dense tokens, loss {found.dense_loss:.4f} nats a label token",
         f"{'':26}  FLOPs / dense  loss increase ± standard error",
         *(f"{name:26}  {ratio:13.3f}  {rise}" for name, ratio, rise in rows),
+        f"best uniform: {', '.join(f'{part} {share:g}' for part, share in shares.items()) or 'dense'} in all layers",
         "layers:",
         *(f'  "{key}": {{{", ".join(f"{part}: {share:g}" for part, share in parts.items())}}}'
           for key, parts in choice.layers.items()),
@@ -125,4 +126,4 @@ def describe(found: Sensitivity) -> str:
 
 
 def _signed(reading: Reading) -> str:
-    return f"{reading.increase:+.4f} ± {reading.error:.4f}"
+    return f"{reading.increase:+.2g} ± {reading.error:.1g}"

@@ -58,6 +58,7 @@ class ContextualSparsity:
 
     def __init__(self, schedule: Sequence[LayerSparsity], heads: Heads, criterion: Criterion, all_tokens: bool) -> None:
         self.schedule, self.heads, self.criterion, self.all_tokens = list(schedule), heads, criterion, all_tokens
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.active = True
         """Whether training steps are sparse now."""
         self.tokens: BatchTokens | None = None
@@ -93,11 +94,24 @@ class ContextualSparsity:
         """Kept channels for the input of q, k and v; None: all."""
         if not (sparsity := self.schedule[layer].attention):
             return None
-        heads = self.heads
         scores_p, scores_c = self.criterion.attention(layer, x_td.detach(), tokens.scored)
-        key_c = heads.pair_channels(top(scores_p, heads.kept_pairs(sparsity)))
+        elements_2p, partners_gc = self._belonging(x_td.device)
+        key_c = elements_2p.index_select(1, top(scores_p, self.heads.kept_pairs(sparsity))).flatten()
         value_c = top(scores_c, kept(len(scores_c), sparsity))
-        return AttentionChannels(heads.query_channels(key_c), key_c, value_c, heads.query_channels(value_c))
+        query_c, output_c = (partners_gc.index_select(1, chosen).flatten() for chosen in (key_c, value_c))
+        return AttentionChannels(query_c, key_c, value_c, output_c)
+
+    def _belonging(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The two key channels of each rotary pair, and the query channels of each key channel, as tables.
+
+        Looked up in every layer of every step, where arithmetic on indices would be a dozen launches.
+        """
+        if device not in self._tables:
+            channels = self.heads.key * self.heads.size
+            elements = self.heads.pair_channels(torch.arange(channels // 2, device=device)).view(2, -1)
+            partners = self.heads.query_channels(torch.arange(channels, device=device)).view(self.heads.group, -1)
+            self._tables[device] = elements, partners
+        return self._tables[device]
 
     def _announce(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,7 +1,7 @@
 """FLOPs of a SparseLoRA step in closed form: the model behind the #FLOPs columns of the paper's tables.
 
 Khaki et al. 2025 (arXiv 2506.16500) print shares of dense LoRA's FLOPs and no formula. The one here gives each of them
-within 0.025 (tests/sparsity/test_flops.py). What a run reports is counted from executed operations instead
+within 0.025 (tests/sparsity/test_step_flops.py). What a run reports is counted from executed operations instead
 (loras_bench/metering/flops.py).
 """
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loras_bench.graphed import pinned
 from loras_bench.sparsity.criteria import Heads, feed_forward_scores, query_key_scores, value_scores
 from loras_bench.sparsity.estimator import Factors
 
@@ -141,7 +142,7 @@ class RandomScores:
             self._scores = {
                 layer: part.split(self._sizes[layer]) for layer, part in zip(self._sizes, parts, strict=True)
             }
-        self._flat.copy_(drawn)
+        self._flat.copy_(pinned(drawn, self._flat.device), non_blocking=True)
 
     def feed_forward(self, layer: int, x_td: Tensor, tokens: ScoredTokens) -> Tensor:
         return self._scores[layer][0]

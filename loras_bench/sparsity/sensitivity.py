@@ -7,11 +7,10 @@ loss increase within a budget of FLOPs, found exactly, on the assumption that th
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from loras_bench.methods.lora import LoraConfig
 
 PARTS = LayerSparsity._fields
-UNIFORM_STEPS = 1000
-"""A uniform sparsity is a multiple of one part in so many."""
-
 Increases = Mapping[tuple[int, str], Mapping[float, float]]
 """By layer and part: the loss increase of each sparsity."""
 
@@ -116,12 +112,14 @@ def check_budget(cost: StepCost, grid: Mapping[str, Sequence[float]], budget: fl
 def choose(cost: StepCost, increases: Increases, budget: float) -> list[LayerSparsity]:
     """The schedule of least total increase among those whose FLOPs are at most `budget` of dense LoRA's.
 
+    Of equals it takes the sparser: what costs nothing is free.
+
     Args:
         cost: Of a step.
         increases: Of each part of each layer that may be sparse; being dense adds nothing.
         budget: Share of dense LoRA's FLOPs; `check_budget` has let it pass.
     """
-    shares = {place: [0.0, *sorted(found)] for place, found in increases.items()}
+    shares = {place: [*sorted(found, reverse=True), 0.0] for place, found in increases.items()}
     options = [
         [Option(cost.saved_weights(place[1], one), increases[place].get(one, 0.0)) for one in shares[place]]
         for place in shares
@@ -179,14 +177,25 @@ def least_increase(groups: Sequence[Sequence[Option]], needed: int) -> list[int]
     return found[::-1]
 
 
-def uniform(cost: StepCost, ratio: float) -> list[LayerSparsity]:
-    """The least sparsity, the same in every layer and part, whose FLOPs are at most `ratio` of dense LoRA's."""
+def above_noise(increase: float, error: float) -> float:
+    """An increase as the choice takes it: 0 where it is negative, or not above its standard error."""
+    return increase if increase > error else 0.0
 
-    def schedule(steps: int) -> list[LayerSparsity]:
-        return [LayerSparsity(*[steps / UNIFORM_STEPS] * len(PARTS))] * cost.layer_count
 
-    steps = bisect_left(range(UNIFORM_STEPS - 1), -ratio, key=lambda steps: -cost.ratio(schedule(steps)))
-    return schedule(steps)
+def uniform(cost: StepCost, increases: Increases, ratio: float) -> list[LayerSparsity]:
+    """The best schedule that is the same in every layer, by added increases: the paper's "uniform" ablation.
+
+    Each part has one sparsity of its grid in all layers, or is dense everywhere; its FLOPs are at most `ratio` of dense
+    LoRA's, which the largest sparsities reach.
+    """
+    shares = {
+        part: sorted({one for (_, name), found in increases.items() if name == part for one in found}) for part in PARTS
+    }
+    schedules = (
+        [LayerSparsity(*pair)] * cost.layer_count for pair in product(*([0.0, *shares[part]] for part in PARTS))
+    )
+    fitting = [schedule for schedule in schedules if cost.ratio(schedule) <= ratio]
+    return min(fitting, key=lambda schedule: (predicted(schedule, increases), cost.ratio(schedule)))
 
 
 def by_range(layers: Sequence[LayerSparsity]) -> dict[str, dict[str, float]]:

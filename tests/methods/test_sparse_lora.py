@@ -77,6 +77,7 @@ def test_wrong_layers_are_refused_before_any_work(layers: dict[str, Any], fault:
         {"layers": {"0": {"feed_forward": -0.1}}},
         {"layers": {"0": {"k_proj": 0.5}}},
         {"layers": {}},
+        {"layers": {"0": {}}},
         {"start": 1.0},
         {"rank": 0},
         {"tokens": "all", "dense_tokens": "random"},

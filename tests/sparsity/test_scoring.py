@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loras_bench.sparsity.contextual import _mean_weights
-from loras_bench.sparsity.criteria import Heads, feed_forward_scores, query_key_scores, value_scores
+from loras_bench.attention.binding import AttentionBatch
+from loras_bench.sparsity.contextual import ContextualSparsity, _mean_weights
+from loras_bench.sparsity.criteria import Heads, LayerSparsity, feed_forward_scores, query_key_scores, value_scores
 from loras_bench.sparsity.estimator import Factors, low_rank
 from loras_bench.sparsity.scoring import Estimates, OutputNorms, RandomScores, ScoredTokens, TrueOutputs
 
+CPU = torch.device("cpu")
 TOKENS, INPUTS, WIDTHS = 9, 24, (32, 16, 16)
 REAL = torch.tensor([True] * 6 + [False] * 3)
 
@@ -85,3 +89,25 @@ def test_random_scores_are_written_where_they_were() -> None:
         assert found.setdefault("places", places) == places  # type: ignore[call-overload]
     assert all(map(torch.equal, found[4][0], found[4][1]))
     assert not any(map(torch.equal, found[4][0], found[5][0]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_tokens_of_a_batch_and_their_samples_with_the_dense_ones_first(packed: bool) -> None:
+    """Documents of 3 and 2 tokens and a place without one: side by side, or one after the other."""
+    if packed:
+        document_bs = torch.tensor([[0, 0, 0, 1, 1, 2]])
+        facts: dict[str, Any] = {"document_bs": document_bs, "padding_bs": document_bs < 2}
+        batch, rows, samples = AttentionBatch(6, True, CPU, **facts), 1, torch.arange(2)
+    else:
+        real_bs = torch.tensor([[True, True, True], [True, True, False]])
+        batch, rows, samples = AttentionBatch(3, True, CPU, padding_bs=real_bs), 2, None
+    sparsity = ContextualSparsity([LayerSparsity(0.5)], Heads(2, 2, 4), RandomScores({}, lambda: CPU), False)
+    dense_rows, sparse_rows = torch.tensor([2, 3]), torch.tensor([0, 1, 4, 5])
+    tokens = sparsity._tokens(batch, rows, torch.float32, dense_rows, sparse_rows, samples)
+    assert tokens is not None and tokens.order_t is not None and tokens.place_t is not None
+    assert (tokens.dense, tokens.order_t.tolist()) == (2, [2, 3, 0, 1, 4, 5])
+    assert tokens.order_t[tokens.place_t].tolist() == [0, 1, 2, 3, 4, 5]
+    assert tokens.scored.real_t is not None and tokens.scored.real_t.tolist() == [True] * 5 + [False]
+    third, half = 1 / 3, 1 / 2
+    expected = torch.tensor([[third, 0, third, third, 0, 0], [0, half, 0, 0, half, 0]])
+    torch.testing.assert_close(tokens.scored.mean_mt, expected)

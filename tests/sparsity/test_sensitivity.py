@@ -20,6 +20,7 @@ from loras_bench.sparsity.sensitivity import (
     PARTS,
     Option,
     StepCost,
+    above_noise,
     adapted,
     by_range,
     check_budget,
@@ -106,13 +107,30 @@ def test_without_context_nothing_can_be_saved() -> None:
         check_budget(StepCost(TINY, 2, 0, 64, 4, ATTENTION), GRID, 0.99)
 
 
-def test_uniform_is_the_least_sparsity_that_does() -> None:
-    cost = StepCost(LLAMA3_8B, 32, 384, 128, 32, ATTENTION)
-    for ratio in (0.9, 0.6, 0.45):
-        (found,) = set(uniform(cost, ratio))
-        less = round(found.attention - 0.001, 3)
-        assert found.feed_forward == found.attention and cost.ratio([found] * 32) <= ratio
-        assert cost.ratio([LayerSparsity(less, less)] * 32) > ratio
+def test_the_best_uniform_schedule_by_hand() -> None:
+    """Attention hurts: leave it dense where the feed-forward part alone saves enough, or else as much as is needed."""
+    increases = {
+        (layer, part): {share: (10.0 if part == "attention" else 0.1) * share for share in GRID[part]}
+        for layer in range(2)
+        for part in PARTS
+    }
+    only = LayerSparsity(max(GRID["feed_forward"]), 0.0)
+    assert uniform(COST, increases, COST.ratio([only] * 2)) == [only] * 2
+    everything = [LayerSparsity(max(GRID["feed_forward"]), max(GRID["attention"]))] * 2
+    assert uniform(COST, increases, COST.ratio(everything)) == everything
+    assert uniform(COST, increases, 1.0) == [LayerSparsity()] * 2
+
+
+def test_what_is_free_is_taken_beyond_the_budget() -> None:
+    increases = {(layer, part): {share: float(layer) for share in GRID[part]} for layer in range(2) for part in PARTS}
+    chosen = choose(COST, increases, 0.99)
+    assert chosen[0] == LayerSparsity(max(GRID["feed_forward"]), max(GRID["attention"]))
+    assert chosen[1] == LayerSparsity()
+
+
+@pytest.mark.parametrize(("increase", "counted"), [(-0.5, 0.0), (0.1, 0.0), (0.11, 0.11)])
+def test_an_increase_within_its_error_counts_as_none(increase: float, counted: float) -> None:
+    assert above_noise(increase, 0.1) == counted
 
 
 def test_a_large_model_is_chosen_exactly_too() -> None:
