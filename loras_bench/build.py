@@ -16,7 +16,7 @@ from loras_bench.checkpoint import TrainingState
 from loras_bench.config import Experiment
 from loras_bench.data import TaskData, load_data, training_texts
 from loras_bench.errors import ConfigError
-from loras_bench.methods import METHODS
+from loras_bench.methods import METHODS, REPLACING
 from loras_bench.methods.base import Method, Taps
 from loras_bench.models.loading import LoadedModel, load_model
 from loras_bench.models.objective import Objective, unwrapped
@@ -78,9 +78,12 @@ def build_methods(experiment: Experiment, model_config: Any) -> list[Method[Any]
         ConfigError: Two methods conflict, or one asks for what this model cannot do.
     """
     methods = sorted((METHODS[config.kind](config) for config in experiment.methods), key=lambda method: method.stage)
+    made = [method for kind in REPLACING if (method := kind.of(model_config))]  # by the run that this one goes on from
     try:
+        for method in made:
+            method.check(methods, model_config)
         for index, method in enumerate(methods):
-            method.check([*methods[:index], *methods[index + 1 :]], model_config)
+            method.check([*made, *methods[:index], *methods[index + 1 :]], model_config)
     except ConfigError as error:
         raise ConfigError(f"experiment `{experiment.name}`: {error.message}", error.hint) from None
     return methods
@@ -110,7 +113,9 @@ def read(experiment: Experiment, seed: int, pretrained: Path | None = None) -> I
     return Ingredients(data, tokenizer, loaded, 0.0)
 
 
-def assemble(experiment: Experiment, seed: int, device: torch.device, ingredients: Ingredients) -> Assembly:
+def assemble(
+    experiment: Experiment, seed: int, device: torch.device, ingredients: Ingredients, *, fitted: bool = True
+) -> Assembly:
     """Apply the methods.
 
     Args:
@@ -118,6 +123,7 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, ingredient
         seed: Of the adapters and the order of the data.
         device: Where the run will be; nothing is put there yet.
         ingredients: The model in them is changed.
+        fitted: Whether methods may fit the weights to data; False where only sizes matter.
     """
     from accelerate.utils import set_seed
 
@@ -133,7 +139,7 @@ def assemble(experiment: Experiment, seed: int, device: torch.device, ingredient
     set_seed(seed)  # the adapters' first weights depend on the seed alone, not on how the model was read
     plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
     for method in methods:
-        method.observe(_one_pass(data, plan))
+        method.observe(_one_pass(data, plan) if fitted else ())
         model = method.prepare(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trained: every parameter is frozen")

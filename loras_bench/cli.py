@@ -25,6 +25,8 @@ UsageError: type[Any] = typer.BadParameter.__mro__[1]
 Results = Annotated[
     list[Path], typer.Argument(help="Results folders, run folders or result.json files.", show_default=False)
 ]
+DeviceName = Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to run.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything there.")]
 
 
 def main() -> None:
@@ -76,7 +78,7 @@ def run(
         bool, typer.Option("--dry-run", help="Print YAML, run ids, parameters and predicted FLOPs; train nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
-    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to run.")] = "auto",
+    device: DeviceName = "auto",
     stop_after: Annotated[
         float | None,
         typer.Option(
@@ -162,9 +164,7 @@ def kernels(
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Loop of each backend for joules; 0 leaves them out.")] = 2.0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write everything there.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare attention kernels on this GPU: ours, FlexAttention, cuDNN, SDPA, Longformer's chunks."""
     from loras_bench.commands.kernels import PATTERNS, SHAPES, compare_kernels
@@ -199,7 +199,7 @@ def sensitivity(
         int, typer.Option(min=0, help="Of the dense training and the rows; with --run it is the run's.")
     ] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the experiment, measurements, plots.")] = Path("sensitivity"),
-    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to run.")] = "auto",
+    device: DeviceName = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier search.")] = False,
 ) -> None:
     """Find a schedule for sparse_lora: which layers tolerate how much sparsity. A killed search goes on."""
@@ -230,6 +230,39 @@ def counts(
     from loras_bench.commands.counts import print_counts
 
     print_counts(models or ["bert-base", "gpt2"], sparsity, rank, format)
+
+
+@app.command()
+def savings(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs made with `save: true`.", show_default=False)
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the forward pass.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 512,
+    seconds: Annotated[float, typer.Option(min=0, help="Loop of each form for joules; 0 leaves them out.")] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep packed and exported models in.")] = None,
+    device: DeviceName = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Show what the zeros of pruned models save: bytes, FLOPs, time and joules, beside those of the dense model."""
+    from loras_bench.commands.savings import measure_savings
+
+    raise typer.Exit(measure_savings(runs, batch, length, seconds, out, device, json_file))
+
+
+@app.command()
+def recall(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_RUN...", show_default=False)],
+    distances: Annotated[str, typer.Option(help="Tokens from a token to its copy.")] = "8,32,128,512",
+    rows: Annotated[int, typer.Option(min=1, help="Random rows for each distance.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows.")] = 0,
+    device: DeviceName = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Probe what language models (`model.name`, or folders of runs) copy from their context: random tokens, twice."""
+    from loras_bench.commands.recall import probe_recall
+
+    raise typer.Exit(probe_recall(models, distances, rows, seed, device, json_file))
 
 
 @app.command()

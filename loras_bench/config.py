@@ -218,7 +218,7 @@ class Experiment(Section):
     pretrain: PretrainConfig | None = None
     """For `init: scratch` only."""
     save: bool = True
-    """Keep the trained weights (the adapters, for LoRA) in the run's folder."""
+    """Keep the trained weights in the run's folder: adapters for LoRA, with the model under them if that changed."""
 
     @model_validator(mode="after")
     def _pretraining_fits(self) -> Experiment:

@@ -29,6 +29,7 @@ from loras_bench.metering.journal import Snapshot
 from loras_bench.metering.meter import Meter
 from loras_bench.metering.phases import MIN_HEADLINE_S, IdleReading
 from loras_bench.metering.sources import open_sources
+from loras_bench.methods.base import Stage
 from loras_bench.models.saved import save_weights
 from loras_bench.recording import Measurements
 from loras_bench.requests import RunRequest
@@ -237,7 +238,8 @@ class Run:
             model = method.finish(model)
         if self.experiment.save and self.request.main_process:
             self._say("saving")
-            save_weights(self.request.folder, model, run.tokenizer)
+            changed = any(method.stage <= Stage.COMPRESS for method in run.methods)
+            save_weights(self.request.folder, model, run.tokenizer, changed_base=changed)
 
     def _say(self, phase: str) -> None:
         self.report({"phase": phase})

@@ -51,7 +51,7 @@ def facts_of(experiment: Experiment, seed: int, device: Device, pretrained: Path
     training = experiment.training.model_copy(update={"loss": "torch", "cuda_graph": False})
     model = experiment.model.model_copy(update={"implementation": "transformers"})
     plain = experiment.model_copy(update={"training": training, "model": model})
-    run = assemble(plain, seed, torch.device(device.kind), read(plain, seed, pretrained))
+    run = assemble(plain, seed, torch.device(device.kind), read(plain, seed, pretrained), fitted=False)
     total, trainable = run.parameter_counts()
     run.objective.to("meta")
     flops, _ = count_training(run, torch.device("meta"), device.processes)

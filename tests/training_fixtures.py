@@ -207,6 +207,16 @@ GPT2 = {
     },
     "tokenizer": {"vocabulary": 300},
 }
+LLAMA = GPT2 | {
+    "architecture": {
+        "model_type": "llama",
+        "num_hidden_layers": LAYERS,
+        "hidden_size": WIDTH,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "intermediate_size": INNER,
+    }
+}
 BERT = {
     "init": "scratch",
     "architecture": {
@@ -245,9 +255,10 @@ def assemble_run(made: Experiment, seed: int = 0) -> Assembly:
     return assemble(made, seed, torch.device("cpu"), read(made, seed))
 
 
-def build_run(made: Experiment, seed: int = 0) -> Build:
+def build_run(made: Experiment, seed: int = 0, device: str = "cpu") -> Build:
     """A run that is ready to step."""
-    return build(made, seed, "cpu", read(made, seed))
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the first test's device would be everyone's
+    return build(made, seed, device, read(made, seed))
 
 
 def request(arm: Experiment, results: Path, seed: int = 0, **fields: Any) -> RunRequest:

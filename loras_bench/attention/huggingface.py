@@ -45,6 +45,7 @@ def plug_in(
 
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = kind(len(layers), causal, head_dim, device or base.device, dense_kernel)
+    attention.equal_widths = not hasattr(config, "folding")
     for module in [base, *layers]:
         module.model_attention = attention
     AttentionInterface.register(NAME, attention_function)

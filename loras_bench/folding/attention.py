@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from loras_bench.errors import UserError
-from loras_bench.folding.factors import bands
 
 if TYPE_CHECKING:
     from loras_bench.attention.binding import AttentionBatch
@@ -62,7 +61,6 @@ class FoldedAttention(nn.Module):
     """
 
     model_attention: ModelAttention
-    band_e: Tensor
 
     def __init__(
         self,
@@ -81,7 +79,6 @@ class FoldedAttention(nn.Module):
         self.value = value
         self.value_scale = nn.Parameter(torch.ones(shape.hidden)) if value is None else None
         self.scale = shape.scaling if shape.rotary else shape.scaling * shape.head_dim / shape.rank
-        self.register_buffer("band_e", bands(shape.head_dim, shape.rank, shape.rotary), persistent=False)
         self.output_names = tuple(output)
         for name, module in output.items():
             self.add_module(name, module)
@@ -119,13 +116,18 @@ class FoldedAttention(nn.Module):
         b_bgsr = self._grouped(F.linear(x_bsd, self.key.flatten(0, 1)))
         if self.shape.rotary:
             assert rotation is not None
-            a_bgsr, b_bgsr = apply_rotary_pos_emb(a_bgsr[..., self.band_e], b_bgsr[..., self.band_e], *rotation)
+            a_bgsr, b_bgsr = apply_rotary_pos_emb(self._spread(a_bgsr), self._spread(b_bgsr), *rotation)
         elif x_bsd.is_cuda:
             fill = -self.shape.rank % (ALIGNMENT_BYTES // x_bsd.element_size())
             a_bgsr, b_bgsr = F.pad(a_bgsr, (0, fill)), F.pad(b_bgsr, (0, fill))
         v_bgsd = self._grouped(self._values(x_bsd))
         out_bgsd: Tensor = self.model_attention.attend(self.layer_idx, a_bgsr, b_bgsr, v_bgsd, batch, self.scale)
         return out_bgsd.transpose(1, 2).flatten(2)
+
+    def _spread(self, x_bgsr: Tensor) -> Tensor:
+        """Each row at the rotated channels that it stands for (`factors.bands`): (b, g, s, r) to (b, g, s, E)."""
+        half = x_bgsr.repeat_interleave(self.shape.head_dim // 2 // self.shape.rank, dim=-1)
+        return torch.cat([half, half], dim=-1)
 
     def _values(self, x_bsd: Tensor) -> Tensor:
         if self.value is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from loras_bench.attention.families import is_causal
 from loras_bench.folding.attention import FoldedAttention, FoldShape
 from loras_bench.folding.factors import Initialisation, Moments, fold_rows, ridge
 from loras_bench.folding.families import DenseAttention, Matrix, read_attention, with_constant
@@ -72,7 +73,14 @@ def fold_model(base: Any, layers: Sequence[int], folding: Folding, feed: Feed) -
         outputs = {}
     for layer, block in folded.items():
         place(dense[layer], block, outputs.get(layer))
-    base.model_attention.equal_widths = False
+
+
+@torch.no_grad()
+def fold_sizes(base: Any, layers: Sequence[int], folding: Folding) -> None:
+    """As `fold_model`, but for the values: to count parameters, or for saved weights to be read into."""
+    for layer in layers:
+        dense, block = read_attention(base, layer), empty_fold(base, layer, folding)
+        place(dense, block, output_over_inputs(dense, block.shape) if folding.diagonal else None)
 
 
 def place(dense: DenseAttention, block: FoldedAttention, output: Matrix | None) -> None:
@@ -84,7 +92,10 @@ def place(dense: DenseAttention, block: FoldedAttention, output: Matrix | None) 
 
 
 def empty_fold(base: Any, layer: int, folding: Folding) -> FoldedAttention:
-    """A folded block of the sizes that the layer's would have, on its device and in its type; its rows are 0."""
+    """A folded block of the sizes that the layer's would have, on its device and in its type; its rows are 0.
+
+    It shares the model's attention, if that is installed already.
+    """
     dense, config = read_attention(base, layer), base.config
     heads = config.num_attention_heads
     shape = FoldShape(
@@ -97,11 +108,12 @@ def empty_fold(base: Any, layer: int, folding: Folding) -> FoldedAttention:
         rotary=dense.rotary,
         scaling=float(dense.scaling),
     )
-    attention = base.model_attention
     value = None if folding.diagonal else dense.value.as_module(like=dense.output)
-    block = FoldedAttention(shape, layer, attention.causal, value, dense.inside)
-    block.model_attention = attention
-    return block.to(dense.query.weight_oi)
+    block = FoldedAttention(shape, layer, is_causal(config), value, dense.inside).to(dense.query.weight_oi)
+    if hasattr(base, "model_attention"):
+        block.model_attention = base.model_attention
+        block.model_attention.equal_widths = False
+    return block
 
 
 def output_over_inputs(dense: DenseAttention, shape: FoldShape) -> Matrix:

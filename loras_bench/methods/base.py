@@ -30,14 +30,18 @@ if TYPE_CHECKING:
 
 
 class Stage(IntEnum):
-    """The order in which methods prepare and finish a model."""
+    """The order in which methods prepare and finish a model.
 
-    COMPRESS = 0
-    QUANTIZE_BASE = 1
-    ADAPT = 2
-    SPARSIFY = 3
-    ATTEND = 4
-    CONVERT = 5
+    Up to `COMPRESS` the model that adapters are trained on becomes another, which is then saved beside them.
+    """
+
+    REPLACE = 0
+    COMPRESS = 1
+    QUANTIZE_BASE = 2
+    ADAPT = 3
+    SPARSIFY = 4
+    ATTEND = 5
+    CONVERT = 6
 
 
 class MethodConfig(BaseModel):
@@ -102,7 +106,8 @@ class Method(ABC, Generic[C]):
     def observe(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Called once, before `prepare`: collated training batches on the CPU, made as they are asked for.
 
-        One pass over the rows, the same in every process; what `prepare` fits to data it keeps from them.
+        One pass over the rows, the same in every process; what `prepare` fits to data it keeps from them. There are
+        none where nobody will use the values of the weights (a dry run): then only their sizes must be right.
         """
 
     def prepare(self, model: nn.Module) -> nn.Module:

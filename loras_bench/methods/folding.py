@@ -7,6 +7,7 @@ The paper's full text is not public to us: the equations and fits are our deriva
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -76,16 +77,25 @@ class FoldConfig(MethodConfig):
 class Fold(Method[FoldConfig]):
     """Replaces attention by `FoldedAttention`; everything that is left trains."""
 
-    stage: ClassVar[Stage] = Stage.COMPRESS
+    stage: ClassVar[Stage] = Stage.REPLACE
 
     def __init__(self, config: FoldConfig) -> None:
         super().__init__(config)
-        self._batches: Sequence[Mapping[str, Tensor]] = ()
+        self._batches: Sequence[Mapping[str, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, model_config: PretrainedConfig) -> Fold | None:
+        """The method that made a model what its configuration says it is; None for dense ones."""
+        folding = getattr(model_config, "folding", None)
+        return None if folding is None else cls(FoldConfig.model_validate({"kind": "fold"} | folding))
 
     def check(self, others: Sequence[Method[Any]], model_config: PretrainedConfig) -> None:
         """Refuse what would need the dense queries and keys, sizes that do not divide, and a second such method."""
         if any(isinstance(other, Fold) for other in others):
-            raise ConfigError("`fold` is listed twice in methods", "name the layers of one in `layers`")
+            raise ConfigError(
+                "`fold` comes twice: folded layers have no matrices left to fold",
+                "name all layers in one `fold`; a run that goes on from a folded one lists none",
+            )
         if any(isinstance(other, SparseAttention) for other in others):
             raise ConfigError(
                 "`sparse_attention` does not go with `fold`: a token's logits no longer tell which keys are near it",
@@ -115,7 +125,8 @@ class Fold(Method[FoldConfig]):
         """Called once, before `prepare`: keep the training batches on which the folds are fitted.
 
         Args:
-            batches: As `TaskData.collate` made them, on the CPU; taken until there are enough tokens.
+            batches: As `TaskData.collate` made them, on the CPU; taken until there are enough tokens. None: the model
+                is folded in its sizes alone.
         """
         if not self.config.folding().reads_data:
             return
@@ -131,24 +142,34 @@ class Fold(Method[FoldConfig]):
         """Fold the layers; what was folded is noted in the model's configuration as `folding`.
 
         Raises:
-            RuntimeError: The fits read data, and `observe` saw none.
+            RuntimeError: The fits read data, and `observe` was not called.
         """
         from loras_bench.folding.fitting import fold_model
 
-        folding = self.config.folding()
-        if folding.reads_data and not self._batches:
-            raise RuntimeError("fold: `observe` comes before `prepare`")
         base: Any = model.base_model
-        config = base.config
-        layers = self.config.folded_layers(config.num_hidden_layers)
-        before = next(model.parameters()).device
-        model.to(base.model_attention.device)  # where its attention computes
-        fold_model(base, layers, folding, lambda: self._feed(model))
-        model.to(before)
-        self._batches = ()
-        config.folding = self.config.model_dump(mode="json", include={"heads", "rank", "values"}) | {"layers": layers}
-        config.use_cache = False  # folded attention keeps no keys
+        folding = self.config.folding()
+        layers = self.config.folded_layers(base.config.num_hidden_layers)
+        if folding.reads_data and self._batches is None:
+            raise RuntimeError("fold: `observe` comes before `prepare`")
+        if folding.reads_data and not self._batches:
+            self.resize(model)
+        else:
+            before = next(model.parameters()).device
+            model.to(base.model_attention.device)  # where its attention computes
+            fold_model(base, layers, folding, partial(self._feed, model))
+            model.to(before)
+        self._batches = None
+        note = self.config.model_dump(mode="json", include={"heads", "rank", "values"}) | {"layers": layers}
+        base.config.folding = note
+        base.config.use_cache = False  # folded attention keeps no keys
         return model
+
+    def resize(self, model: nn.Module) -> None:
+        """Give the layers of a transformers model the sizes of folded ones, with any values."""
+        from loras_bench.folding.fitting import fold_sizes
+
+        base: Any = model.base_model
+        fold_sizes(base, self.config.folded_layers(base.config.num_hidden_layers), self.config.folding())
 
     def _feed(self, model: nn.Module) -> None:
         """The model over the calibration batches, with its head: `Objective` knows how each task's batches are read."""
@@ -156,7 +177,7 @@ class Fold(Method[FoldConfig]):
         from loras_bench.models.objective import Objective
 
         training, device = model.training, next(model.parameters()).device
-        for batch in self._batches:
+        for batch in self._batches or ():
             task = "classification" if batch["targets"].ndim == 1 else "language_modeling"
             Objective(model, task, "torch").eval()(**to_device(dict(batch), device))  # type: ignore[arg-type]
         model.train(training)

@@ -120,9 +120,25 @@ class Prune(Method[PruneConfig]):
         Raises:
             ConfigError: A part of the scope is not there, or a matrix has no whole groups of four inputs.
         """
+        self._selected = self._parts_of(model)
+        for matrix, _ in self._selected:
+            inputs = matrix.by_outputs(matrix.weight).shape[1]
+            if self.config.pattern == "2:4" and inputs % 4:
+                raise ConfigError(
+                    f"prune: {matrix.name} has {inputs} inputs, which are no groups of four", "use another `pattern`"
+                )
+        return model
+
+    def layers_of(self, model: nn.Module) -> set[str]:
+        """Names of the layers of a transformers model whose weights would be pruned."""
+        return {layer.name for matrix, writers in self._parts_of(model) for layer in (matrix, *(writers or ()))}
+
+    def _parts_of(self, model: nn.Module) -> list[tuple[Matrix, tuple[Matrix, ...] | None]]:
+        """What shares a mask: single matrices, or those that read whole units with those that write them."""
         from loras_bench.pruning.blocks import embedding_of, hidden_units_of, linears_of
 
         structured = self.config.pattern == "structured"
+        parts: list[tuple[Matrix, tuple[Matrix, ...] | None]] = []
         for part in self.config.scope:
             found: list[tuple[Matrix, tuple[Matrix, ...] | None]]
             if part == "embeddings":
@@ -133,14 +149,8 @@ class Prune(Method[PruneConfig]):
                 found = [(matrix, None) for matrix in linears_of(model, LINEARS[part])]
             if not found:
                 raise ConfigError(f"prune: {type(model).__name__} has no {part} layers that can be pruned")
-            self._selected += found
-        for matrix, _ in self._selected:
-            inputs = matrix.by_outputs(matrix.weight).shape[1]
-            if self.config.pattern == "2:4" and inputs % 4:
-                raise ConfigError(
-                    f"prune: {matrix.name} has {inputs} inputs, which are no groups of four", "use another `pattern`"
-                )
-        return model
+            parts += found
+        return parts
 
     def plan(self, steps: int) -> None:
         """The masks change at fixed steps."""

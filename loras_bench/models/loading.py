@@ -17,6 +17,7 @@ from loras_bench.catalog import Task
 from loras_bench.errors import ConfigError, UserError
 from loras_bench.models.catalog import ModelLocation, locate_model
 from loras_bench.models.gguf import as_safetensors, file_sha256
+from loras_bench.models.smaller import from_pretrained
 from loras_bench.models.tokenizer import ENCODER_FAMILIES, load_tokenizer
 
 if TYPE_CHECKING:
@@ -162,14 +163,15 @@ def _read_weights(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the parameters that its checkpoint lacked."""
     # A head for other classes is replaced, not an error. The copy: transformers writes into what it loads with.
-    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, info = _auto_class(task).from_pretrained(
+        model, info = from_pretrained(
+            _auto_class(task),
             location.path,
-            config=copy.deepcopy(hf_config),
+            copy.deepcopy(hf_config),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
             use_safetensors=True,
             trust_remote_code=False,
-            **options,
             revision=location.revision or "main",
         )
     except (OSError, ValueError, ImportError) as error:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from loras_bench.config import ModelConfig
 from loras_bench.errors import ConfigError
+from loras_bench.methods.pruning import Prune, PruneConfig
 from loras_bench.models.loading import LoadedModel, load_model
 from loras_bench.models.tokenizer import load_tokenizer
 from loras_bench.results.record import Record
@@ -19,13 +18,22 @@ from loras_bench.results.store import RECORD_FILE, read_record
 if TYPE_CHECKING:
     from loras_bench.data import TaskData
 
-MODEL, ADAPTER, TOKENIZER = "model", "adapter", "tokenizer"
+MODEL, ADAPTER, BASE, TOKENIZER = "model", "adapter", "base", "tokenizer"
 
 
-def save_weights(folder: Path, model: nn.Module, tokenizer: Any) -> None:
-    """Save adapters in PEFT's format, or the whole model where there are none; and the tokenizer."""
+def save_weights(folder: Path, model: Any, tokenizer: Any, *, changed_base: bool = False) -> None:
+    """Save adapters in PEFT's format, or the whole model where there are none; and the tokenizer.
+
+    Args:
+        folder: Of the run.
+        model: Adapters on a base that has changed are taken off it.
+        tokenizer: Of the model.
+        changed_base: Whether the model that adapters were trained on is not what was loaded: it is saved beside them.
+    """
     is_peft = hasattr(model, "peft_config")
-    model.save_pretrained(folder / (ADAPTER if is_peft else MODEL))  # type: ignore[operator]
+    model.save_pretrained(folder / (ADAPTER if is_peft else MODEL))
+    if is_peft and changed_base:
+        model.unload().save_pretrained(folder / BASE)
     tokenizer.save_pretrained(folder / TOKENIZER)
 
 
@@ -46,7 +54,8 @@ class PreviousRun:
         """The trained model, adapters merged, with a head for the new task where the task changes.
 
         Raises:
-            ConfigError: The run kept adapters that do not fit the task or the number of its classes.
+            ConfigError: The run kept adapters that do not fit the task or the number of its classes, or that cannot be
+                merged.
         """
         if (self.folder / MODEL).is_dir():
             return self._with_label(_load(ModelConfig(name=str(self.folder / MODEL)), data, seed, self.tokenizer))
@@ -54,22 +63,46 @@ class PreviousRun:
             raise ConfigError(
                 f"{self.folder}: adapters of {self.record.task} do not fit {data.task}", "go on from a full model"
             )
-        from peft import PeftModel
-
         loaded = self._base(data)
-        try:
-            adapted = PeftModel.from_pretrained(loaded.model, str(self.folder / ADAPTER))
-        except RuntimeError as error:
-            mismatch = str(error).splitlines()[-1].strip()
-            raise ConfigError(f"{self.folder}: its adapters do not fit {data.name}: {mismatch}") from None
-        loaded.model = adapted.merge_and_unload()  # type: ignore[operator]
+        loaded.model = self._merged(loaded.model, data)
         for parameter in loaded.model.parameters():
             parameter.requires_grad_(True)
         return self._with_label(loaded)
 
+    def _merged(self, base: Any, data: TaskData) -> Any:
+        """The model that adapters were trained on, with them in its weights; a merged layer has no zeros left."""
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        pruned = {name for method in self.prunings() for name in method.layers_of(base)}
+        try:
+            adapted: Any = PeftModel.from_pretrained(base, str(self.folder / ADAPTER))
+        except RuntimeError as error:
+            mismatch = str(error).splitlines()[-1].strip()
+            raise ConfigError(f"{self.folder}: its adapters do not fit {data.name}: {mismatch}") from None
+        layers = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+        if filled := sorted(layers & pruned):
+            raise ConfigError(
+                f"{self.folder}: merging its adapters would fill the zeros of {len(filled)} pruned layers, "
+                f"{filled[0]} first",
+                "go on from a run that prunes without `lora`, or whose adapters have other `targets`",
+            )
+        return adapted.merge_and_unload()
+
+    def prunings(self) -> list[Prune]:
+        """What made the zeros of this run's model: in this run, or before it under adapters."""
+        methods = self.record.config["methods"]
+        own = [Prune(PruneConfig.model_validate(method)) for method in methods if method["kind"] == "prune"]
+        origin = self.record.config["model"]["run"]
+        if origin is None or (self.folder / MODEL).is_dir():  # what trains in full keeps no zeros but its own
+            return own
+        return [*own, *open_run(Path(origin)).prunings()]
+
     def _base(self, data: TaskData) -> LoadedModel:
         """What the adapters were trained on; its random parts follow the seed of that run."""
         config, seed = ModelConfig.model_validate(self.record.config["model"]), self.record.seed
+        if (self.folder / BASE).is_dir():
+            return _load(ModelConfig(name=str(self.folder / BASE)), data, seed, self.tokenizer)
         if config.run is not None:
             return open_run(Path(config.run)).load(data, seed)
         if self.record.config["pretrain"] is not None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from cpu_graphs import cpu_graphs  # noqa: F401
-from test_composition import LLAMA
 from torch import Tensor
-from training_fixtures import BERT, GPT2, MOODS, NOTES, build_run, digests, experiment
+from training_fixtures import BERT, GPT2, LLAMA, MOODS, NOTES, build_run, digests, experiment
 
 from loras_bench.build import Build
 from loras_bench.methods.pruning import Prune
@@ -35,11 +34,13 @@ def prune(**options: Any) -> dict[str, Any]:
     return {"kind": "prune", "sparsity": 0.5, "every": 2, "end": 0.75} | options
 
 
-def built(family: str = "llama", *others: Any, model: Any = None, training: Any = None, **options: Any) -> Build:
+def built(
+    family: str = "llama", *others: Any, model: Any = None, training: Any = None, device: str = "cpu", **options: Any
+) -> Build:
     sections = FAMILIES[family] | {"model": FAMILIES[family]["model"] | (model or {})}
     size = {"batch_size": 4, "epochs": STEPS / 6} if family == "bert" else {"tokens": STEPS * 128}
     settings = size | {"weight_decay": 0.1} | (training or {})
-    return build_run(experiment(**sections, methods=[prune(**options), *others], training=settings))
+    return build_run(experiment(**sections, methods=[prune(**options), *others], training=settings), device=device)
 
 
 def method_of(run: Build) -> Prune:

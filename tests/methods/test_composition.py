@@ -8,20 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from training_fixtures import GPT2, HALF_WINDOW, LORA, MOODS, NOTES, WINDOW, build_run, digests, experiment
+from training_fixtures import HALF_WINDOW, LLAMA, LORA, MOODS, NOTES, WINDOW, build_run, digests, experiment
 
 from loras_bench.build import Build
 from loras_bench.errors import ConfigError
 from loras_bench.evaluation import evaluate
 from loras_bench.methods import METHODS
+from loras_bench.methods.pruning import Prune
 
 pytestmark = pytest.mark.usefixtures("places")
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"
-LLAMA = GPT2 | {
-    "architecture": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
-                     "num_key_value_heads": 2, "intermediate_size": 80}
-}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"data": NOTES},
     "llama": {"data": NOTES, "model": LLAMA},
@@ -32,7 +29,14 @@ MODELS: dict[str, dict[str, Any]] = {
 def config_of(kind: str, family: str) -> dict[str, Any]:
     sparse = HALF_WINDOW if family == "bert" else WINDOW
     sliced = {"kind": "sparse_lora", "layers": {"0-1": {"attention": 0.5, "feed_forward": 0.75}}, "rank": 4}
-    return {"lora": LORA, "sparse_attention": sparse, "sparse_lora": sliced | {"tokens": "all", "start": 0}}[kind]
+    return {
+        "fold": {"kind": "fold", "calibration_tokens": 64},
+        "lora": LORA,
+        "prune": {"kind": "prune", "sparsity": 0.5, "end": 0},  # at once: adapters find a base that changes no more
+        "sparse_attention": sparse,
+        "sparse_lora": sliced | {"tokens": "all", "start": 0},
+        "svd": {"kind": "svd"},
+    }[kind]
 
 
 def built(family: str, *methods: dict[str, Any], **sections: Any) -> Build:
@@ -141,8 +145,26 @@ def test_compositions_bear_the_switches_of_training(family: str, extra: dict[str
         torch.testing.assert_close(switched.loop.step(step), plain.loop.step(step), rtol=1e-4, atol=1e-5)
 
 
-def test_all_three_go_together() -> None:
-    check_a_step(built("llama", *(config_of(kind, "llama") for kind in METHODS)), set(METHODS))
+@pytest.mark.parametrize(
+    "kinds", [("lora", "sparse_attention", "sparse_lora"), ("fold", "lora", "prune")], ids="+".join
+)
+def test_three_go_together(kinds: tuple[str, ...]) -> None:
+    check_a_step(built("llama", *(config_of(kind, "llama") for kind in kinds)), set(kinds))
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("first", ["fold", "svd"])
+def test_pruned_attention_is_what_smaller_modules_leave_of_it(first: str, family: str) -> None:
+    """In either order of listing: output projections alone, nothing of what was replaced."""
+    prune = config_of("prune", family) | {"scope": ["attention"]}
+    for methods in ([config_of(first, family), prune], [prune, config_of(first, family)]):
+        run = built(family, *methods)
+        pruned = [block.matrix for method in run.methods if isinstance(method, Prune) for block in method.blocks]
+        last = {"gpt2": "attn.c_proj", "llama": "self_attn.o_proj", "bert": "attention.output.dense"}[family]
+        assert [matrix.name.endswith(last) for matrix in pruned] == [True, True]
+        assert all(matrix.module is run.model.get_submodule(matrix.name) for matrix in pruned)
+        assert all(int((matrix.weight == 0).sum()) == matrix.weight.numel() // 2 for matrix in pruned)
+        check_a_step(run, {first, "prune"})
 
 
 def test_the_composition_trains_in_bfloat16_too() -> None:

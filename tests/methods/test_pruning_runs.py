@@ -69,6 +69,28 @@ def test_captured_steps_are_the_eager_steps(arm: str, dtype: str) -> None:
     assert weights(graphed) == weights(eager)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", ["fused", "transformers"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("arm", "others"), [("fpp", ()), ("movement", ()), ("units", ()), ("2:4", ()), ("fpp", (LORA,))], ids=str
+)
+def test_steps_captured_on_a_gpu_are_the_eager_steps(arm: str, others: Any, dtype: str, implementation: str) -> None:
+    """Also while the masks change between replays."""
+    model = {"dtype": dtype, "implementation": implementation}
+    eager, graphed = (
+        built("llama", *others, device="cuda", model=model, training={"cuda_graph": captured}, **ARMS[arm])
+        for captured in (False, True)
+    )
+    assert eager.loop.graphs is None and graphed.loop.graphs is not None
+    for step in range(STEPS):
+        expected = float(eager.loop.step(step))
+        assert float(graphed.loop.step(step)) == pytest.approx(expected, rel=1e-4 if dtype == "float32" else 2e-2)
+        assert_zero(graphed)
+    assert all(int(mask.sum()) == round(0.5 * mask.numel()) for mask in masks_of(graphed))
+
+
 @pytest.mark.parametrize(
     ("family", "others", "options"),
     [("llama", (), {}), ("gpt2", (LORA,), {"pattern": "structured"}), ("bert", (), {"pattern": "structured"})],

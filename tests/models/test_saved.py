@@ -4,50 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from saved_checks import going_on, logits, run
 from training_fixtures import (
     LORA,
     MOODS,
     NOTES,
     WINDOW,
-    assemble_run,
     build_run,
     experiment,
     request,
     set_places,
-    token_ids,
 )
 from transformers import AutoModelForCausalLM
 
 from loras_bench.errors import ConfigError
 from loras_bench.experiment import Run
-from loras_bench.metering.sources import NullSource, Reading
 from loras_bench.models.objective import unwrapped
 from loras_bench.models.saved import open_run, save_weights
 from loras_bench.results.record import Record
 
 CPU = torch.device("cpu")
-
-
-class ConstantGpu:
-    """50 W by the wall clock, in ticks of 0.1 s."""
-
-    kind, name, power_kind = "gpu", "GPU-constant", "instant"
-    flags: dict[str, str] = {}  # noqa: RUF012 (never written)
-
-    def read(self, with_power: bool = True) -> Reading:
-        now_s = time.monotonic()
-        return Reading(now_s, int(now_s * 10) * 5.0, 50.0)
-
-    def state(self) -> None:
-        return None
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,24 +41,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (folder / "pairs").mkdir()
         for split in ("train", "test"):
             (folder / "pairs" / f"{split}.jsonl").write_text("\n".join(pairs) + "\n")
-        sources = [ConstantGpu(), NullSource("cpu", "none")]
-        patch.setattr("loras_bench.experiment.open_sources", lambda gpus, clock: sources)
         yield
-
-
-def run(
-    name: str, results: Path, seed: int = 0, pretrained: Path | None = None, **sections: Any
-) -> tuple[Path, Record]:
-    """Execute a run to its end; its folder and record."""
-    made = request(experiment(name, **sections), results, seed, pretrained=pretrained)
-    record = Run(made, lambda event: None).execute()
-    assert record.status == "completed", record.reason
-    return made.folder, record
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("results")
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +60,6 @@ def adapter(results: Path, full: tuple[Path, Record]) -> tuple[Path, Record]:
 def second_adapter(results: Path, adapter: tuple[Path, Record]) -> tuple[Path, Record]:
     """Adapters trained on the model with the first adapters merged."""
     return run("second", results, seed=2, model={"run": str(adapter[0])}, methods=[LORA])
-
-
-def logits(model: nn.Module) -> Tensor:
-    return unwrapped(model).eval()(input_ids=token_ids(2, 16)).logits
-
-
-def going_on(folder: Path, **sections: Any) -> Any:
-    return assemble_run(experiment("next", model={"run": str(folder)}, **sections), 5)
 
 
 def test_a_run_leaves_safetensors_and_its_tokenizer(full: Any, adapter: Any) -> None:
