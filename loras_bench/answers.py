@@ -48,6 +48,12 @@ def score_choices(
     return sums
 
 
+def documents_of(batch: Batch) -> Tensor:
+    """The number of the document that each place of a batch belongs to: int64 (b, s)."""
+    ids_bs = batch["input_ids"]
+    return batch.get("document_ids", torch.arange(len(ids_bs))[:, None].expand_as(ids_bs))
+
+
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Log likelihood of the targets of each document of a batch, in nats, float32 (documents,) on the device.
@@ -58,7 +64,7 @@ def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Ten
         device: Where the model is.
     """
     targets_bs = batch["targets"]
-    documents_bs = batch.get("document_ids", torch.arange(len(targets_bs))[:, None].expand_as(targets_bs))
+    documents_bs = documents_of(batch)
     places_n = (targets_bs != IGNORED).flatten().nonzero()[:, 0]
     documents_n = documents_bs.flatten()[places_n]
     facts = {"places": places_n, "documents": documents_n, "targets": targets_bs.flatten()[places_n]}

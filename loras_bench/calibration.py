@@ -6,7 +6,7 @@ Everything is as in training (micro-batches, which tokens are context, how chann
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from loras_bench.answers import log_likelihoods
+from loras_bench.answers import documents_of, log_likelihoods
 from loras_bench.build import Build
 from loras_bench.data import IGNORED, TaskData
 from loras_bench.errors import ConfigError
@@ -167,7 +167,5 @@ def rise(dense_r: np.ndarray, sparse_r: np.ndarray, labels_r: np.ndarray) -> Rea
     return Reading(increase=float(increase), error=math.sqrt(variance / rows) / float(labels_r.mean()))
 
 
-def _labels(batch: Mapping[str, Tensor]) -> np.ndarray:
-    targets_bs = batch["targets"]
-    documents_bs = batch.get("document_ids", torch.arange(len(targets_bs))[:, None].expand_as(targets_bs))
-    return torch.bincount(documents_bs[targets_bs != IGNORED]).numpy()
+def _labels(batch: Batch) -> np.ndarray:
+    return torch.bincount(documents_of(batch)[batch["targets"] != IGNORED]).numpy()

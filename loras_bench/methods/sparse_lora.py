@@ -180,21 +180,20 @@ class SparseLora(Method[SparseLoraConfig]):
             of the documents of a packed batch.
 
         Raises:
-            ConfigError: No token of the batch is context.
+            ConfigError: Every token of the batch predicts a label, or its labels are not tokens'.
         """
         import torch
+
+        from loras_bench.data.packing import filled_up
 
         tensors = {}
         if "document_ids" in batch:  # the fill of a packed row is one more document
             tensors["samples"] = torch.arange(int(batch["document_ids"][batch["attention_mask"].bool()].max()) + 1)
         if self.config.tokens == "all":
             return tensors
-        rows = self._dense_rows(batch)
         is_dense = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
-        is_dense[rows] = True
-        context = (~is_dense).nonzero()[:, 0]
-        more = min(-len(rows) % ROW_MULTIPLE, len(context))
-        is_dense[context[len(context) - more :]] = True  # the last ones: where a packed row is filled up
+        is_dense[self._dense_rows(batch)] = True
+        is_dense = torch.from_numpy(filled_up(is_dense.numpy(), ROW_MULTIPLE))
         return tensors | {"dense_rows": is_dense.nonzero()[:, 0], "sparse_rows": (~is_dense).nonzero()[:, 0]}
 
     def _dense_rows(self, batch: Mapping[str, Tensor]) -> Tensor:
