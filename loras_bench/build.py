@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loras_bench.attention.dispatch import ModelAttention
 from loras_bench.checkpoint import TrainingState
@@ -22,7 +23,7 @@ from loras_bench.models.objective import Objective, unwrapped
 from loras_bench.models.saved import open_run
 from loras_bench.models.tokenizer import load_tokenizer
 from loras_bench.optimizer import MasterAdamW
-from loras_bench.training import Loop, StepPlan, plan_steps
+from loras_bench.training import Loop, StepPlan, plan_batches, plan_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -170,6 +171,8 @@ def build(experiment: Experiment, seed: int, device: str, ingredients: Ingredien
         )
     parts.model.to(accelerator.device)
     optimizer = _optimizer(experiment, parts)
+    for method in parts.methods:
+        method.start(parts.objective, optimizer, _one_pass(parts.data, parts.plan, parts.methods))
     fused = _fuse(parts.model) if experiment.model.implementation == "fused" else None
     prepared: Any = parts.objective
     if accelerator.num_processes > 1:
@@ -189,6 +192,12 @@ def build(experiment: Experiment, seed: int, device: str, ingredients: Ingredien
     )
     state = TrainingState(optimizer, parts.methods, accelerator.device)
     return Build(**vars(parts), optimizer=optimizer, state=state, loop=loop, accelerator=accelerator, fused=fused)
+
+
+def _one_pass(data: TaskData, plan: StepPlan, methods: Sequence[Method[Any]] = ()) -> Iterator[dict[str, Tensor]]:
+    """The micro-batches of the first steps, as many as read every training row."""
+    for step in range(math.ceil(plan.rows / plan.rows_per_step)):
+        yield from plan_batches(data, plan, step, methods=methods)
 
 
 def _fuse(model: nn.Module) -> FusedForward | FusedLinears:

@@ -14,7 +14,7 @@ the host.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PretrainedConfig
+
+    from loras_bench.optimizer import MasterAdamW
 
 
 class Stage(IntEnum):
@@ -107,6 +109,13 @@ class Method(ABC, Generic[C]):
 
     def plan(self, steps: int) -> None:
         """Told once how many optimizer steps the run has."""
+
+    def start(self, objective: nn.Module, optimizer: MasterAdamW, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Called once before any step: what depends on training data, or reaches into the optimizer's state.
+
+        The model is on its device, in its number format, with transformers' forward pass. `batches` are micro-batches
+        on the CPU, made as they are asked for: one pass over the training rows, the same in every process.
+        """
 
     def batch_tensors(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors to go with a training batch to the device, from what `TaskData.collate` made, on the CPU.
