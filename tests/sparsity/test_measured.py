@@ -77,8 +77,8 @@ def test_all_batches_use_the_channels_that_were_measured() -> None:
         with watched(model) as (attention, feed_forward):
             outcome(model, with_tensors(one, batch_of(prompts)))
         assert set(feed_forward[0].tolist()) == expected["0.hidden"]
-        assert set(attention[0].value.tolist()) == expected["0.values"]
-        assert len(attention[0].key) == 2 * len(expected["0.pairs"])
+        assert set(attention[0][2].tolist()) == expected["0.values"]
+        assert len(attention[0][1]) == 2 * len(expected["0.pairs"])
 
 
 def test_a_resumed_run_goes_on_with_the_scores_of_the_first_in_their_place() -> None:
@@ -98,5 +98,5 @@ def test_without_data_there_are_channels_to_count() -> None:
     with watched(model) as (attention, feed_forward):
         outcome(model, with_tensors(one, batch_of()))
     assert len(set(feed_forward[0].tolist())) == unwrapped(model).config.intermediate_size // 2
-    assert len(attention[0].value) == 8
+    assert len(attention[0][2]) == 8
     assert one.state_dict() == {}
