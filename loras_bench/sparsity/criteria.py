@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_SELECTION = 32_768
+"""Scores that one program of our kernel holds; beyond it shared memory would not do for its running sums."""
+
 
 class LayerSparsity(NamedTuple):
     """The shares of a layer's channels that context tokens leave out, from 0 (dense) to less than 1."""
@@ -54,7 +57,7 @@ def select(scores: Sequence[Tensor], counts: Sequence[int], tables: Sequence[Ten
         counts: How many to take of each.
         tables: int64 (b, n), b numbers for each score.
     """
-    if has_kernels(scores[0].device.type):
+    if has_kernels(scores[0].device.type) and max(map(len, scores)) <= LARGEST_SELECTION:
         from loras_bench.kernels.selection import select as launch
 
         return launch(scores, counts, tables)
