@@ -5,7 +5,8 @@ Shapes: b rows or documents, s positions, n predicted positions, v tokens of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,9 +49,31 @@ def score_choices(
     return sums
 
 
+def documents_of(batch: Batch) -> Tensor:
+    """The number of the document that each place of a batch belongs to: int64 (b, s)."""
+    ids_bs = batch["input_ids"]
+    return batch.get("document_ids", torch.arange(len(ids_bs))[:, None].expand_as(ids_bs))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model makes of the places of a batch that predict a label, on its device."""
+
+    hidden_nd: Tensor
+    """Input of the output layer."""
+    targets_n: Tensor
+    documents_n: Tensor
+    documents: int
+    """How many there are in the batch."""
+
+    def sums(self, values_n: Tensor) -> Tensor:
+        """Of one value a place, by document: float32 (documents,)."""
+        return torch.zeros(self.documents, device=values_n.device).index_add_(0, self.documents_n, values_n)
+
+
 @torch.no_grad()
-def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Log likelihood of the targets of each document of a batch, in nats, float32 (documents,) on the device.
+def predict(model: nn.Module, batch: Batch, device: torch.device) -> Predictions:
+    """Read a batch up to the output layer.
 
     Args:
         model: A transformers language model, or a PEFT model around one.
@@ -58,25 +81,35 @@ def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Ten
         device: Where the model is.
     """
     targets_bs = batch["targets"]
-    documents_bs = batch.get("document_ids", torch.arange(len(targets_bs))[:, None].expand_as(targets_bs))
     places_n = (targets_bs != IGNORED).flatten().nonzero()[:, 0]
-    documents_n = documents_bs.flatten()[places_n]
+    documents_n = documents_of(batch).flatten()[places_n]
     facts = {"places": places_n, "documents": documents_n, "targets": targets_bs.flatten()[places_n]}
     on_device = to_device(facts, device)
     read = {name: tensor for name, tensor in batch.items() if name not in ("targets", "label_rows")}
-    inputs = to_device(read, device)
-    inner = unwrapped(model)
-    hidden_nd = inner.base_model(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, on_device["places"])
-    sums_b = torch.zeros(int(documents_n[-1]) + 1, device=device)
-    head = inner.get_output_embeddings()
-    exact = head.weight.float() if type(head) is nn.Linear and head.bias is None else None
-    for start in range(0, len(places_n), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        # logits in bfloat16 are off by up to 0.3 nats an answer, which turns one answer in 40 (ARC-Easy)
-        logits_nv = head(hidden_nd[part]).float() if exact is None else F.linear(hidden_nd[part].float(), exact)
-        losses_n = F.cross_entropy(logits_nv, on_device["targets"][part], reduction="none")
-        sums_b.index_add_(0, on_device["documents"][part], -losses_n)
-    return sums_b
+    hidden_bsd = unwrapped(model).base_model(**to_device(read, device), use_cache=False)[0]
+    hidden_nd = hidden_bsd.flatten(0, 1).index_select(0, on_device["places"])
+    return Predictions(hidden_nd, on_device["targets"], on_device["documents"], int(documents_n[-1]) + 1)
+
+
+def output_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Logits (n, v) of hidden states (n, d), in float32.
+
+    In bfloat16 they are off by up to 0.3 nats an answer, which turns one answer in 40 (ARC-Easy).
+    """
+    head = unwrapped(model).get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None:
+        weight_vd = head.weight.detach().float()
+        return lambda hidden_nd: F.linear(hidden_nd.float(), weight_vd)
+    return lambda hidden_nd: head(hidden_nd).float()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def log_likelihoods(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Log likelihood of the targets of each document of a batch, in nats, float32 (documents,) on the device."""
+    found, logits = predict(model, batch, device), output_layer(model)
+    parts = zip(found.hidden_nd.split(CHUNK_TOKENS), found.targets_n.split(CHUNK_TOKENS), strict=True)
+    losses = [F.cross_entropy(logits(hidden_nd), targets_n, reduction="none") for hidden_nd, targets_n in parts]
+    return -found.sums(torch.cat(losses))
 
 
 def count_exact(

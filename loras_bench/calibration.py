@@ -1,4 +1,4 @@
-"""What sparsity costs a trained model in loss: the label tokens of fixed training rows, under one schedule at a time.
+"""What sparsity does to a trained model: its predictions of label tokens of fixed rows, under one schedule at a time.
 
 Everything is as in training (micro-batches, which tokens are context, how channels are chosen) but for the gradients.
 """
@@ -6,20 +6,22 @@ Everything is as in training (micro-batches, which tokens are context, how chann
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loras_bench.answers import log_likelihoods
+from loras_bench.answers import Predictions, documents_of, output_layer, predict
 from loras_bench.build import Build
 from loras_bench.data import IGNORED, TaskData
 from loras_bench.errors import ConfigError
+from loras_bench.kernels.cross_entropy import CHUNK_TOKENS
 from loras_bench.methods.sparse_lora import SparseLora
 from loras_bench.models.objective import unwrapped
 from loras_bench.models.saved import ADAPTER
@@ -107,8 +109,12 @@ class Calibration:
         return base
 
     @cached_property
+    def _dense(self) -> list[Predictions]:
+        return self._predictions([DENSE] * len(self._method.sparsity.schedule))
+
+    @cached_property
     def _dense_r(self) -> np.ndarray:
-        return self.losses([DENSE] * len(self._method.sparsity.schedule))
+        return self._compared(self._dense)[0]
 
     @property
     def dense_loss(self) -> float:
@@ -116,17 +122,50 @@ class Calibration:
         return float(self._dense_r.sum() / self._rows.labels_r.sum())
 
     def reading(self, layers: Sequence[LayerSparsity]) -> Reading:
-        """How much the mean loss of a label token rises under a schedule."""
-        return rise(self._dense_r, self.losses(layers), self._rows.labels_r)
+        """What a schedule does to the predictions of label tokens, and to their loss."""
+        losses_r, divergences_r = self._compared(self._predictions(layers))
+        labels_r = self._rows.labels_r
+        divergence = float(divergences_r.sum() / labels_r.sum())
+        return Reading(divergence=max(0.0, divergence), **rise(self._dense_r, losses_r, labels_r)._asdict())
 
     def losses(self, layers: Sequence[LayerSparsity]) -> np.ndarray:
         """The summed loss of the label tokens of each row under a schedule, float64 (rows,), in nats."""
+        return self._compared(self._predictions(layers))[0]
+
+    def _predictions(self, layers: Sequence[LayerSparsity]) -> list[Predictions]:
         self._method.sparsity.schedule[:] = layers
         remove: Callable[[], None] = slice_modules(self._base, self._method.sparsity) if self._sliced else lambda: None
         device = self._run.accelerator.device
-        sums = [-log_likelihoods(self._model, batch, device) for batch in self._rows.batches]
+        found = [predict(self._model, batch, device) for batch in self._rows.batches]
         remove()
-        return torch.cat(sums).double().cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def _compared(self, found: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over the label tokens of each row, float64 (rows,): loss, and divergence from the dense predictions."""
+        logits, sums = output_layer(self._model), []
+        for one, dense in zip(found, self._dense, strict=True):
+            parts = zip(*(x.split(CHUNK_TOKENS) for x in (one.hidden_nd, dense.hidden_nd, one.targets_n)), strict=True)
+            values = [
+                _loss_and_divergence(logits(x_nd), logits(dense_nd), targets_n) for x_nd, dense_nd, targets_n in parts
+            ]
+            sums.append(torch.stack([one.sums(torch.cat(column)) for column in zip(*values, strict=True)]))
+        losses_r, divergences_r = torch.cat(sums, dim=1).double().cpu().numpy()
+        return losses_r, divergences_r
+
+
+def _loss_and_divergence(logits_nv: Tensor, dense_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token its loss, and Kullback and Leibler's divergence of the prediction from the dense one, in nats."""
+    log_p_nv, log_dense_nv = F.log_softmax(logits_nv, dim=1), F.log_softmax(dense_nv, dim=1)
+    divergence_n = F.kl_div(log_p_nv, log_dense_nv, reduction="none", log_target=True).sum(1)
+    return F.nll_loss(log_p_nv, targets_n, reduction="none"), divergence_n
+
+
+class Rise(NamedTuple):
+    """Of a mean loss over rows, in nats a label token."""
+
+    increase: float
+    error: float
 
 
 def load_adapters(model: nn.Module, run: Path) -> None:
@@ -151,7 +190,7 @@ def load_adapters(model: nn.Module, run: Path) -> None:
         raise ConfigError(f"{run}: its adapters are on other layers: {named}", "it must be a run of the same `lora`")
 
 
-def rise(dense_r: np.ndarray, sparse_r: np.ndarray, labels_r: np.ndarray) -> Reading:
+def rise(dense_r: np.ndarray, sparse_r: np.ndarray, labels_r: np.ndarray) -> Rise:
     """The increase of the mean loss of a label token, and its standard error over rows.
 
     A ratio of sums (Cochran, Sampling Techniques, 1977, section 2.11): rows have different numbers of labels.
@@ -164,10 +203,8 @@ def rise(dense_r: np.ndarray, sparse_r: np.ndarray, labels_r: np.ndarray) -> Rea
     rises_r, rows = sparse_r - dense_r, len(labels_r)
     increase = rises_r.sum() / labels_r.sum()
     variance = np.square(rises_r - increase * labels_r).sum() / max(1, rows - 1)
-    return Reading(increase=float(increase), error=math.sqrt(variance / rows) / float(labels_r.mean()))
+    return Rise(float(increase), math.sqrt(variance / rows) / float(labels_r.mean()))
 
 
-def _labels(batch: Mapping[str, Tensor]) -> np.ndarray:
-    targets_bs = batch["targets"]
-    documents_bs = batch.get("document_ids", torch.arange(len(targets_bs))[:, None].expand_as(targets_bs))
-    return torch.bincount(documents_bs[targets_bs != IGNORED]).numpy()
+def _labels(batch: Batch) -> np.ndarray:
+    return torch.bincount(documents_of(batch)[batch["targets"] != IGNORED]).numpy()

@@ -175,10 +175,10 @@ def experiment_text(experiment: Experiment, found: Sensitivity) -> str:
         f"{found.context_tokens} context and {found.dense_tokens} dense tokens.",
         f"A sparse step takes {choice.flops_ratio:.3f} of dense LoRA's FLOPs. Loss {found.dense_loss:.4f} nats a label "
         "token with everything dense;",
-        f"increase: parts one at a time, added up, {choice.predicted:.2g}; together {choice.joint.increase:.2g} "
-        f"(standard error {choice.joint.error:.1g});",
-        f"the best uniform schedule at the same FLOPs {choice.uniform.joint.increase:.2g} "
-        f"(standard error {choice.uniform.joint.error:.1g}).",
+        f"divergence: parts one at a time, added up, {choice.predicted:.2g}; together {choice.joint.divergence:.2g},",
+        f"and the loss rises by {choice.joint.increase:.2g} (standard error {choice.joint.error:.1g});",
+        f"the best uniform schedule at no more FLOPs {choice.uniform.joint.divergence:.2g}, and the loss rises by "
+        f"{choice.uniform.joint.increase:.2g}.",
     ]
     content = yaml.safe_dump(
         found_experiment(experiment, found), sort_keys=False, default_flow_style=None, allow_unicode=True, width=110

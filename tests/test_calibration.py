@@ -14,7 +14,14 @@ import torch
 from training_fixtures import LORA, Rows, experiment, token_ids
 
 from loras_bench.build import Build, build, read
-from loras_bench.calibration import Calibration, CalibrationSet, calibration_set, load_adapters, rise
+from loras_bench.calibration import (
+    Calibration,
+    CalibrationSet,
+    _loss_and_divergence,
+    calibration_set,
+    load_adapters,
+    rise,
+)
 from loras_bench.errors import ConfigError
 from loras_bench.methods import sparse_lora
 from loras_bench.methods.sparse_lora import SparseLora, SparseLoraConfig
@@ -109,7 +116,8 @@ def test_a_measurement_is_a_direct_evaluation(implementation: str, packing: str)
     for number in (1, 2):
         got = calibration.reading(SCHEDULES[number])
         assert got.increase == pytest.approx((expected[number] - expected[3]) / labels, abs=2e-5)
-        assert abs(got.increase) > 1e-3 and got.error > 0
+        assert abs(got.increase) > 1e-3 and got.error > 0 and got.divergence > 1e-4
+    assert calibration.reading([DENSE] * 3).divergence == 0
     assert calibration.losses([DENSE] * 3).sum() == pytest.approx(expected[3], rel=1e-5)
 
 
@@ -172,6 +180,15 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         save_weights(tmp_path / named, other.model, other.tokenizer)
         with pytest.raises(ConfigError, match=named):
             load_adapters(run.model, tmp_path / named)
+
+
+def test_the_divergence_of_predictions_by_hand() -> None:
+    """Of (1/2, 1/2) where (1/4, 3/4) is the dense prediction; none where both are the same."""
+    logits_nv, dense_nv = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([[1.0, 3.0], [1.0, 3.0]]).log()
+    dense_nv[1] = logits_nv[1] + 5
+    loss_n, divergence_n = _loss_and_divergence(logits_nv, dense_nv, torch.tensor([0, 1]))
+    assert divergence_n.tolist() == pytest.approx([0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.0], abs=1e-6)
+    assert loss_n.tolist() == pytest.approx([math.log(2), math.log(1 + math.exp(-2))])
 
 
 def test_the_error_of_an_increase() -> None:

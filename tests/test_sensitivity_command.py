@@ -114,7 +114,7 @@ def test_from_a_config_to_a_config(out: Path, config: Callable[..., Path]) -> No
     assert found.choice.flops_ratio <= 0.7 and found.choice.uniform.flops_ratio <= found.choice.flops_ratio
     assert len(found.measurements) == len(found.known()) == CELLS and found.rows == 12
     shown = (out / "stdout").read_text()
-    assert f"{found.choice.predicted:+.2g}" in shown and f"{found.choice.joint.increase:+.2g}" in shown
+    assert f"{found.choice.predicted:.2g}" in shown and f"{found.choice.joint.increase:+.2g}" in shown
     assert "tiny.sensitivity.yaml" in (out / "stderr").read_text()
     assert {path.name for path in out.iterdir() if path.name.startswith("tiny")} == {
         f"tiny.sensitivity.{ending}" for ending in ("yaml", "json", "png", "svg")
@@ -133,12 +133,12 @@ def test_the_choice_is_what_was_measured(out: Path) -> None:
         for part, share in shares._asdict().items()
         if share
     ]
-    assert found.choice.predicted == pytest.approx(sum(found.known()[cell].increase for cell in cells))
+    assert found.choice.predicted == pytest.approx(sum(found.known()[cell].divergence for cell in cells))
     last = [one for one in found.measurements if one.layer == LAYERS - 1 and one.part == "feed_forward"]
-    assert [(one.increase, one.error) for one in last] == [(0, 0)] * 2, (
+    assert [(one.divergence, one.increase, one.error) for one in last] == [(0, 0, 0)] * 2, (
         "no label reads what context tokens become there"
     )
-    assert all(one.increase and one.error > 0 for one in found.measurements if one not in last)
+    assert all(one.divergence > 0 and one.increase and one.error > 0 for one in found.measurements if one not in last)
 
 
 def test_the_found_experiment_runs(out: Path, invoke: Callable[..., Any], tmp_path: Path) -> None:

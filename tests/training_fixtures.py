@@ -32,7 +32,7 @@ from loras_bench.build import Assembly, Build, assemble, build, read
 from loras_bench.catalog import DatasetSpec
 from loras_bench.config import Experiment, TrainingConfig
 from loras_bench.data import IGNORED, TaskData
-from loras_bench.data.packing import pack
+from loras_bench.data.packing import lay_out
 from loras_bench.data.sources import Source
 from loras_bench.methods.base import Method
 from loras_bench.models.objective import Objective
@@ -113,9 +113,10 @@ class Rows(TaskData):
         ids_bs, lengths_b = self.ids_ns[list(indices)], torch.as_tensor(self.lengths[list(indices)])
         if self.packed:
             assert self.labels is not None
-            row = pack(np.asarray(indices) * self.ids_ns.shape[1], self.lengths[list(indices)])
-            ids_1s = torch.where(torch.from_numpy(row.real_1s), self.ids_ns.flatten()[row.source_1s], PADDING)
-            facts = {name: torch.from_numpy(array) for name, array in row.inputs().items()}
+            length = self.ids_ns.shape[1]
+            layout = lay_out(np.asarray(indices) * length, self.lengths[list(indices)], length, packed=True)
+            ids_1s = torch.from_numpy(layout.take(self.ids_ns.flatten().numpy(), PADDING))
+            facts = {name: torch.from_numpy(array) for name, array in (layout.facts | layout.borders).items()}
             return facts | {"input_ids": ids_1s, "targets": torch.tensor([self.labels[i] for i in indices])}
         if self.labels is not None:
             width = int(lengths_b.max())

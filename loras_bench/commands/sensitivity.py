@@ -265,19 +265,19 @@ class Search:
             self._say(f"measured {number + 1} of {len(todo)}: layer {layer}, {part} {share:g}; {left_s:.0f} s left")
 
     def _choose(self, found: Sensitivity, calibration: Calibration, cost: StepCost, flops: float) -> None:
-        """The schedule, its joint increase, and that of the best uniform one; then all files, the experiment last."""
+        """The schedule, what it does as a whole, and the best uniform one; then all files, the experiment last."""
         from loras_bench.results.heatmap import write_heatmap
-        from loras_bench.sparsity.sensitivity import above_noise, choose, predicted, uniform
+        from loras_bench.sparsity.sensitivity import choose, predicted, uniform
 
-        increases: dict[tuple[int, str], dict[float, float]] = {}
+        divergences: dict[tuple[int, str], dict[float, float]] = {}
         for (layer, part, share), one in found.known().items():
             if share in self.grid[part]:
-                increases.setdefault((layer, part), {})[share] = above_noise(one.increase, one.error)
-        chosen = choose(cost, increases, flops)
+                divergences.setdefault((layer, part), {})[share] = one.divergence
+        chosen = choose(cost, divergences, flops)
         self._say("measuring the schedule")
         joint = schedule_of(chosen, cost, calibration)
-        even = schedule_of(uniform(cost, increases, joint.flops_ratio), cost, calibration)
-        found.choice = Choice(**dict(joint), flops_budget=flops, predicted=predicted(chosen, increases), uniform=even)
+        even = schedule_of(uniform(cost, divergences, joint.flops_ratio), cost, calibration)
+        found.choice = Choice(**dict(joint), flops_budget=flops, predicted=predicted(chosen, divergences), uniform=even)
         found.write(self.files.search)
         write_heatmap(found, self.files.stem)
         write_whole(self.files.experiment, experiment_text(self.experiment, found))

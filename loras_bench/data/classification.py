@@ -12,9 +12,9 @@ from torch import Tensor
 
 from loras_bench.catalog import Task
 from loras_bench.data import TaskData
-from loras_bench.data.packing import pack, pad, padding_of
+from loras_bench.data.packing import lay_out, padding_of, starts_of
 from loras_bench.data.sources import Source, Split
-from loras_bench.data.tokens import cached_arrays, encoder_of
+from loras_bench.data.tokens import cached_arrays, encoder_of, padding_id
 from loras_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,16 +42,14 @@ class LabelledTexts(TaskData):
     ) -> None:
         super().__init__(source, sequence_length, splits)
         self._packed = packed
-        if not isinstance(tokenizer.pad_token_id, int):
-            raise UserError("the tokenizer has no padding token", "load it with loras_bench.models.load_tokenizer")
-        self._padding = tokenizer.pad_token_id
+        self._padding = padding_id(tokenizer)
         marks_pairs = tokenizer.num_special_tokens_to_add(pair=True) > 0
         self._pairs = len(source.spec.text_fields) == 2 and marks_pairs
         self._segments = self._pairs and "token_type_ids" in tokenizer.model_input_names
         encoder = encoder_of(tokenizer)
         encoder.enable_truncation(sequence_length)
         self._rows = {split: self._encode(split, encoder) for split in splits}
-        self._starts = {split: np.cumsum(rows["lengths"]) - rows["lengths"] for split, rows in self._rows.items()}
+        self._starts = {split: starts_of(rows["lengths"]) for split, rows in self._rows.items()}
 
     def _encode(self, split: str, encoder: Tokenizer) -> dict[str, np.ndarray]:
         rows = self.source.splits[split]
@@ -67,17 +65,11 @@ class LabelledTexts(TaskData):
     def collate(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         rows, chosen_b = self._rows[split], np.asarray(indices, dtype=np.int64)
         starts_b, lengths_b = self._starts[split][chosen_b], rows["lengths"][chosen_b]
-        batch = {"targets": rows["labels"][chosen_b]}
-        if self._packed:
-            row = pack(starts_b, lengths_b)
-            source_bs, real_bs = row.source_1s, row.real_1s
-            batch |= row.inputs()
-        else:
-            source_bs, real_bs = pad(starts_b, lengths_b, self.sequence_length)
-            batch |= {} if real_bs.all() else {"attention_mask": real_bs}
-        batch["input_ids"] = np.where(real_bs, rows["ids"][source_bs], self._padding).astype(np.int64)
+        layout = lay_out(starts_b, lengths_b, self.sequence_length, self._packed)
+        batch = {"targets": rows["labels"][chosen_b], **layout.facts, **layout.borders}
+        batch["input_ids"] = layout.take(rows["ids"], self._padding)
         if self._segments:
-            batch["token_type_ids"] = np.where(real_bs, rows["segments"][source_bs], 0).astype(np.int64)
+            batch["token_type_ids"] = layout.take(rows["segments"], 0)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:

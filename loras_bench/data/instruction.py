@@ -13,10 +13,10 @@ from torch import Tensor
 
 from loras_bench.catalog import Task
 from loras_bench.data import IGNORED, TaskData
-from loras_bench.data.packing import pack, pad, padding_of
+from loras_bench.data.packing import filled_up, lay_out, padding_of, starts_of
 from loras_bench.data.prompts import Template, template_of
 from loras_bench.data.sources import Source, Split
-from loras_bench.data.tokens import cached_arrays, encoder_of
+from loras_bench.data.tokens import cached_arrays, encoder_of, padding_id
 from loras_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class Instructions(TaskData):
     ) -> None:
         super().__init__(source, sequence_length, splits)
         self._packed = packed
-        self.padding = tokenizer.pad_token_id
-        if not isinstance(self.padding, int):
-            raise UserError("the tokenizer has no padding token", "load it with loras_bench.models.load_tokenizer")
+        self.padding = padding_id(tokenizer)
         self.template = template_of(tokenizer)
         self._encoder = encoder_of(tokenizer)
         self.end = self._encoder.encode(self.template.after, add_special_tokens=False).ids[-1]
@@ -111,17 +109,9 @@ class Instructions(TaskData):
         """As `collate`, of any documents; `label_rows` are the places of the targets, and some others."""
         arrays = self._documents[split]
         starts_b, lengths_b = self._starts[split][documents], arrays["lengths"][documents]
-        batch: dict[str, np.ndarray] = {}
-        if self._packed:
-            row = pack(starts_b, lengths_b)
-            source_bs, real_bs = row.source_1s, row.real_1s
-            batch |= row.places()
-        else:
-            source_bs, real_bs = pad(starts_b, lengths_b, self.sequence_length)
-            batch |= {} if real_bs.all() else {"attention_mask": real_bs}
-        batch["input_ids"] = np.where(real_bs, arrays["ids"][source_bs], self.padding).astype(np.int64)
-        batch["targets"] = np.where(real_bs, arrays["targets"][source_bs], IGNORED).astype(np.int64)
-        batch["label_rows"] = label_rows(batch["targets"])
+        layout = lay_out(starts_b, lengths_b, self.sequence_length, self._packed)
+        ids_bs, targets_bs = layout.take(arrays["ids"], self.padding), layout.take(arrays["targets"], IGNORED)
+        batch = {**layout.facts, "input_ids": ids_bs, "targets": targets_bs, "label_rows": label_rows(targets_bs)}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def real_tokens(self, split: str, indices: Sequence[int] | np.ndarray) -> int:
@@ -169,17 +159,7 @@ _PARTS = ("before", "between", "after")
 
 def label_rows(targets_bs: np.ndarray) -> np.ndarray:
     """Places of a batch, its rows one after the other, that predict something: int64, ascending, filled up."""
-    has_label = targets_bs.flatten() != IGNORED
-    others = np.flatnonzero(~has_label)
-    spare = min(-int(has_label.sum()) % LABEL_MULTIPLE, len(others))
-    has_label[others[len(others) - spare :]] = True
-    return np.flatnonzero(has_label)
-
-
-def starts_of(lengths: np.ndarray) -> np.ndarray:
-    """Where each of several pieces begins that lie one after the other."""
-    starts: np.ndarray = np.cumsum(lengths) - lengths
-    return starts
+    return np.flatnonzero(filled_up(targets_bs.flatten() != IGNORED, LABEL_MULTIPLE))
 
 
 def encode_documents(rows: Split, template: Template, encoder: Tokenizer, longest: int) -> dict[str, np.ndarray]:

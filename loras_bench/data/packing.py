@@ -6,6 +6,7 @@ Packed documents have no padding between them, and no attention across them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,17 +41,48 @@ class PackedRow:
     last_b: np.ndarray
     """The place of each document's last token."""
 
-    def places(self) -> dict[str, np.ndarray]:
-        """What a model and its attention read beside the tokens; always all of it, so that no batch is special."""
-        return {
-            "attention_mask": self.real_1s,
-            "document_ids": self.document_1s,
-            "position_ids": self.position_1s,
-        }
 
-    def inputs(self) -> dict[str, np.ndarray]:
-        """`places`, and where the documents begin and end: what a classifier reads."""
-        return {**self.places(), "starts": self.first_b, "ends": self.last_b}
+class Layout(NamedTuple):
+    """A batch's documents in their places."""
+
+    source_bs: np.ndarray
+    """Index of the token that each place reads among those of all documents, int64; any where there is none."""
+    real_bs: np.ndarray
+    """bool: whether there is one."""
+    facts: dict[str, np.ndarray]
+    """What a model and its attention read beside the tokens; of packed rows always all of it: no batch is special."""
+    borders: dict[str, np.ndarray]
+    """Where packed documents begin and end, for the heads of classifiers."""
+
+    def take(self, tokens_n: np.ndarray, fill: int) -> np.ndarray:
+        """Something of each token at its place, and `fill` where there is none: int64."""
+        taken: np.ndarray = np.where(self.real_bs, tokens_n[self.source_bs], fill).astype(np.int64)
+        return taken
+
+
+def lay_out(starts_b: np.ndarray, lengths_b: np.ndarray, longest: int, packed: bool) -> Layout:
+    """Lay documents one after the other in one row (`pack`), or side by side (`pad`)."""
+    if packed:
+        row = pack(starts_b, lengths_b)
+        facts = {"attention_mask": row.real_1s, "document_ids": row.document_1s, "position_ids": row.position_1s}
+        return Layout(row.source_1s, row.real_1s, facts, {"starts": row.first_b, "ends": row.last_b})
+    source_bs, real_bs = pad(starts_b, lengths_b, longest)
+    return Layout(source_bs, real_bs, {} if real_bs.all() else {"attention_mask": real_bs}, {})
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each of several pieces begins that lie one after the other."""
+    starts: np.ndarray = np.cumsum(lengths) - lengths
+    return starts
+
+
+def filled_up(chosen_n: np.ndarray, multiple: int) -> np.ndarray:
+    """More places are chosen, the last of the others, until their number is a multiple or all are chosen: bool (n,)."""
+    others = np.flatnonzero(~chosen_n)
+    spare = min(-int(chosen_n.sum()) % multiple, len(others))
+    filled_n = chosen_n.copy()
+    filled_n[others[len(others) - spare :]] = True
+    return filled_n
 
 
 def pack(starts_b: np.ndarray, lengths_b: np.ndarray) -> PackedRow:

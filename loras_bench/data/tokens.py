@@ -36,6 +36,17 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return copy
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills a batch up.
+
+    Raises:
+        UserError: The tokenizer has none.
+    """
+    if not isinstance(tokenizer.pad_token_id, int):
+        raise UserError("the tokenizer has no padding token", "load it with loras_bench.models.load_tokenizer")
+    return tokenizer.pad_token_id
+
+
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that separates documents: `<|endoftext|>` where the vocabulary has it, else the end-of-sequence token.
 

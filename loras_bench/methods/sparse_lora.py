@@ -8,7 +8,7 @@ first steps, evaluation, and the weights that are saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig
 
+    from loras_bench.optimizer import MasterAdamW
     from loras_bench.sparsity.criteria import Heads, LayerSparsity
+    from loras_bench.sparsity.measured import MeasuredNorms
     from loras_bench.sparsity.scoring import Criterion
 
 ROW_MULTIPLE = 128
@@ -64,14 +66,19 @@ class SparseLoraConfig(MethodConfig):
     """
     start: float = Field(default=0.05, ge=0, lt=1)
     """Share of the optimizer steps, the first ones, that are dense; rounded up to whole steps."""
-    criterion: Literal["svd", "oracle", "random"] = "svd"
-    """How channels are scored: by norms of the outputs that low-rank estimators predict, by norms of the true outputs
-    (costs more than it saves), or at random in each step; the last two for comparison.
+    criterion: Literal["svd", "measured", "oracle", "random"] = "svd"
+    """How channels are scored: by norms of the outputs that low-rank estimators predict for each batch; by norms of the
+    true outputs that were `measured` once, before training, so that all batches use the same channels; by norms of the
+    true outputs of each batch (`oracle`, which costs more than it saves); or at random in each step.
     """
     rank: int = Field(default=8, ge=1)
     """Of the estimators."""
     mean_token: bool = True
-    """Score the feed-forward layer by the mean token of each sample, as the official code does, rather than by all."""
+    """Score the feed-forward layer by the mean token of each sample, as the official code does, rather than by all;
+    for `svd` and `oracle`.
+    """
+    calibration_tokens: int = Field(default=16_384, ge=1)
+    """Training tokens that `measured` reads in forward passes before training."""
 
     @model_validator(mode="after")
     def _tokens_agree(self) -> SparseLoraConfig:
@@ -107,6 +114,7 @@ class SparseLora(Method[SparseLoraConfig]):
     def __init__(self, config: SparseLoraConfig) -> None:
         super().__init__(config)
         self._dense_steps = 0
+        self._measured: MeasuredNorms | None = None
         self._remove: list[Callable[[], None]] = []
 
     def check(self, others: Sequence[Method[Any]], model_config: PretrainedConfig) -> None:
@@ -147,12 +155,13 @@ class SparseLora(Method[SparseLoraConfig]):
 
     def _criterion(self, base: Any, schedule: Sequence[LayerSparsity], heads: Heads) -> Criterion:
         from loras_bench.sparsity.estimator import load_estimators
+        from loras_bench.sparsity.measured import MeasuredNorms
         from loras_bench.sparsity.scoring import Estimates, OutputNorms, RandomScores, TrueOutputs
 
         sparse = [layer for layer, shares in enumerate(schedule) if any(shares)]
+        channels = heads.key * heads.size
+        sizes = (base.config.intermediate_size, channels // 2, channels)
         if self.config.criterion == "random":
-            channels = heads.key * heads.size
-            sizes = (base.config.intermediate_size, channels // 2, channels)
             self._scores = RandomScores(dict.fromkeys(sparse, sizes), lambda: next(base.parameters()).device)
             return self._scores
         estimators = load_estimators(base, self.config.rank, sparse) if self.config.criterion == "svd" else {}
@@ -166,7 +175,23 @@ class SparseLora(Method[SparseLoraConfig]):
 
         gate_up = {layer: outputs(layer, "mlp.gate", "mlp.up") for layer in sparse}
         qkv = {layer: outputs(layer, "self_attn.q", "self_attn.k", "self_attn.v") for layer in sparse}
+        if self.config.criterion == "measured":
+            self._measured = MeasuredNorms(OutputNorms(gate_up, qkv, heads, mean_token=False), sparse, sizes)
+            return self._measured
         return OutputNorms(gate_up, qkv, heads, self.config.mean_token)
+
+    def start(self, objective: nn.Module, optimizer: MasterAdamW, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Measure outputs where the criterion asks for it: adapters are still zero, so they are the base's."""
+        if self._measured is None:
+            return
+        from loras_bench.models.objective import unwrapped
+
+        model: Any = objective
+        training = objective.training
+        objective.eval()  # every token is dense
+        base = unwrapped(model.model).base_model
+        self._measured.measure(base, lambda batch: objective(**batch), batches, self.config.calibration_tokens)
+        objective.train(training)
 
     def plan(self, steps: int) -> None:
         """The first steps are dense."""
@@ -180,21 +205,20 @@ class SparseLora(Method[SparseLoraConfig]):
             of the documents of a packed batch.
 
         Raises:
-            ConfigError: No token of the batch is context.
+            ConfigError: Every token of the batch predicts a label, or its labels are not tokens'.
         """
         import torch
+
+        from loras_bench.data.packing import filled_up
 
         tensors = {}
         if "document_ids" in batch:  # the fill of a packed row is one more document
             tensors["samples"] = torch.arange(int(batch["document_ids"][batch["attention_mask"].bool()].max()) + 1)
         if self.config.tokens == "all":
             return tensors
-        rows = self._dense_rows(batch)
         is_dense = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
-        is_dense[rows] = True
-        context = (~is_dense).nonzero()[:, 0]
-        more = min(-len(rows) % ROW_MULTIPLE, len(context))
-        is_dense[context[len(context) - more :]] = True  # the last ones: where a packed row is filled up
+        is_dense[self._dense_rows(batch)] = True
+        is_dense = torch.from_numpy(filled_up(is_dense.numpy(), ROW_MULTIPLE))
         return tensors | {"dense_rows": is_dense.nonzero()[:, 0], "sparse_rows": (~is_dense).nonzero()[:, 0]}
 
     def _dense_rows(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -228,6 +252,14 @@ class SparseLora(Method[SparseLoraConfig]):
 
     def _sparse(self, step: int) -> bool:
         return step >= self._dense_steps
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was measured."""
+        return {} if self._measured is None else self._measured.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self._measured is not None:
+            self._measured.load_state_dict(state)
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Give the model its own forward passes again; adapters and weights are plain LoRA's."""

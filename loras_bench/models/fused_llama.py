@@ -8,7 +8,6 @@ sparsity it travels with the dense tokens first, and attention alone sees the or
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -118,9 +117,7 @@ class FusedLlama(FusedForward):
         if channels is None or tokens is None:
             qkv_nd = qkv(normed_nd, not self.recomputes)
         else:
-            starts = accumulate(qkv.widths, initial=0)
-            kept_c = torch.cat([kept + start for kept, start in zip(channels[:3], starts, strict=False)])
-            qkv_nd = sliced_outputs(qkv, normed_nd, tokens.dense, kept_c, not self.recomputes)
+            qkv_nd = sliced_outputs(qkv, normed_nd, tokens.dense, channels.qkv, not self.recomputes)
         heads = self.base.config.num_attention_heads, self.base.config.num_key_value_heads
         order_n = None if tokens is None else tokens.order_t
         split = rotary_split(qkv_nd, *angles, *heads, qkv.border, order_n)
@@ -148,18 +145,17 @@ class FusedLlama(FusedForward):
         of gate, up and down make them something else.
         """
         gate_up, down = self._group(number, "gate_up"), self._group(number, "down")
-        kept_c = self.sparsity.feed_forward(number, x_nd, tokens) if self.sparsity and tokens else None
-        if kept_c is None or tokens is None:
+        kept_2c = self.sparsity.feed_forward(number, x_nd, tokens) if self.sparsity and tokens else None
+        if kept_2c is None or tokens is None:
             hidden_nf = swiglu(gate_up(x_nd), down.border, gate_up.border)
             return down(hidden_nf, not self.recomputes)  # type: ignore[no-any-return]
-        kept_2c = torch.stack([kept_c, kept_c + gate_up.widths[0]])
         if gate_up.border and down.border:
             gate_up_nf = sliced_outputs(gate_up, x_nd, tokens.dense, kept_2c.flatten())
             hidden_nf = swiglu(gate_up_nf, down.border, gate_up.border)
-            return sliced_inputs(down, hidden_nf, tokens.dense, kept_c, not self.recomputes)
+            return sliced_inputs(down, hidden_nf, tokens.dense, kept_2c[0], not self.recomputes)
         parts = narrow_outputs(gate_up, x_nd, tokens.dense, kept_2c)
         hidden = Rows(*(swiglu(part, down.border, gate_up.border) for part in parts))
-        return narrow_inputs(down, hidden, kept_c, not self.recomputes)
+        return narrow_inputs(down, hidden, kept_2c[0], not self.recomputes)
 
 
 def _dense_first(x_nd: Tensor, tokens: BatchTokens | None, border: int = 0) -> Tensor:

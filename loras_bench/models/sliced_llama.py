@@ -80,8 +80,9 @@ class SlicedFeedForward:
         if tokens is None:
             return self.whole(x)  # type: ignore[no-any-return]
         rows = _rows(x, tokens)
-        kept_c = self.sparsity.feed_forward(self.number, torch.cat(rows), tokens)
-        assert kept_c is not None
+        kept_2c = self.sparsity.feed_forward(self.number, torch.cat(rows), tokens)
+        assert kept_2c is not None
+        kept_c = kept_2c[0]
         gate, up = (_outputs(layer, rows.context, kept_c) for layer in (module.gate_proj, module.up_proj))
         y = Rows(self.whole(rows.dense), _inputs(module.down_proj, F.silu(gate) * up, kept_c))
         return _in_order(y, tokens).view_as(x)

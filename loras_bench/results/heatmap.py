@@ -1,8 +1,7 @@
-"""The plot of `loras-bench sensitivity`: loss increase by layer and sparsity for each part, the chosen cells marked."""
+"""The plot of `loras-bench sensitivity`: divergence by layer and sparsity for each part, the chosen cells marked."""
 
 from __future__ import annotations
 
-import statistics
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ def write_heatmap(found: Sensitivity, stem: Path) -> list[Path]:
 def draw_heatmap(found: Sensitivity) -> Figure:
     """One subplot a part on a figure of its own: a column for each layer, a row for each sparsity, dense at the top.
 
-    Increases below one standard error (the median of all) share the lightest colour: they are not told from none.
+    Divergences below a thousandth of the largest share the lightest colour.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -51,14 +50,14 @@ def draw_heatmap(found: Sensitivity) -> Figure:
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(parts), 1, sharex=True, height_ratios=[len(shares) for shares in parts.values()])
     shown = [one for one in found.measurements if one.sparsity in found.grid[one.part]]
-    least = max(1e-6, statistics.median(one.error for one in shown))
-    norm = LogNorm(least, max(2 * least, *(one.increase for one in shown)), clip=True)
+    most = max(1e-9, *(one.divergence for one in shown))
+    norm = LogNorm(most / 1000, most, clip=True)
     for axes, (part, shares) in zip(grid, parts.items(), strict=True):
         _draw_part(axes, found, part, shares, norm)
     grid[-1].set_xlabel("layer")
     grid[-1].set_xticks(_ticks(found.layer_count))
     bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=list(grid), pad=0.02, aspect=28, extend="min")
-    bar.set_label(f"loss increase, nats a label token\nlightest: below {least:.1g}, a standard error")
+    bar.set_label("divergence, nats a label token")
     lines = (line for text in _title(found) for line in textwrap.wrap(text, int(12 * width)))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9)
     return figure
@@ -70,7 +69,7 @@ def _draw_part(axes: Axes, found: Sensitivity, part: str, shares: list[float], n
     assert found.choice is not None
     known, chosen = found.known(), _by_layer(found.choice.layers, part)
     cells = [
-        [known[layer, part, share].increase if share else float("nan") for layer in range(found.layer_count)]
+        [known[layer, part, share].divergence if share else float("nan") for layer in range(found.layer_count)]
         for share in shares
     ]
     colours = colormaps[COLOURS].with_extremes(bad=ABSENT)
@@ -107,6 +106,6 @@ def _title(found: Sensitivity) -> tuple[str, str]:
     return (
         f"{found.model} on {found.dataset}, {found.rows} rows. Circles: chosen for at most {choice.flops_budget:g} of "
         "dense LoRA's FLOPs.",
-        f"Loss increase of the chosen: parts added up {choice.predicted:.3g}, together {choice.joint.increase:.3g}; of "
-        f"best uniform schedule {choice.uniform.joint.increase:.3g}.",
+        f"Divergence of the chosen: parts added up {choice.predicted:.2g}, together {choice.joint.divergence:.2g}; of "
+        f"the best uniform schedule {choice.uniform.joint.divergence:.2g}.",
     )

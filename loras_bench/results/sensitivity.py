@@ -1,6 +1,7 @@
 """What `loras-bench sensitivity` measured and chose, as it lies in `<name>.sensitivity.json`; imports no torch.
 
-Losses are in nats a label token, increases over the loss with everything dense, errors are standard errors over rows.
+Divergences and losses are in nats a label token, increases over the loss with everything dense, errors are standard
+errors over rows.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ class _Entry(BaseModel):
 
 
 class Reading(_Entry):
-    """How much the loss rises under some sparsity."""
+    """What some sparsity does to the predictions of label tokens."""
 
+    divergence: float
+    """Of Kullback and Leibler, of the sparse model's predictions from the dense one's; not negative."""
     increase: float
+    """Of the loss."""
     error: float
+    """Of the increase."""
 
 
 class Measurement(Reading):
@@ -45,11 +50,11 @@ class Schedule(_Entry):
 
 
 class Choice(Schedule):
-    """The schedule of least increase within a budget of FLOPs."""
+    """The schedule of least divergence within a budget of FLOPs."""
 
     flops_budget: float
     predicted: float
-    """Sum of the increases that were measured one part at a time, those within their standard error as 0."""
+    """Sum of the divergences that were measured one part at a time."""
     uniform: Schedule
     """The best with one sparsity of each part in all layers, at no more FLOPs than the choice."""
 
@@ -59,7 +64,7 @@ class Sensitivity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     request: str
     """Hash of everything that the measurements depend on."""
     experiment: dict[str, Any]
@@ -108,15 +113,15 @@ def describe(found: Sensitivity) -> str:
     choice, even = found.choice, found.choice.uniform
     shares = {part: share for parts in even.layers.values() for part, share in parts.items()}
     rows = [
-        ("chosen, parts added up", choice.flops_ratio, f"{choice.predicted:+.2g}"),
-        ("chosen, together", choice.flops_ratio, _signed(choice.joint)),
-        ("best uniform", even.flops_ratio, _signed(even.joint)),
+        ("chosen, parts added up", choice.flops_ratio, f"{choice.predicted:10.2g}"),
+        ("chosen, together", choice.flops_ratio, _shown(choice.joint)),
+        ("best uniform", even.flops_ratio, _shown(even.joint)),
     ]
     lines = [
         f"{found.model} on {found.dataset}: {found.rows} rows of {found.context_tokens} context and "
         f"{found.dense_tokens} dense tokens, loss {found.dense_loss:.4f} nats a label token",
-        f"{'':26}  FLOPs / dense  loss increase ± standard error",
-        *(f"{name:26}  {ratio:13.3f}  {rise}" for name, ratio, rise in rows),
+        f"{'':26}  FLOPs / dense  divergence  loss increase ± standard error",
+        *(f"{name:26}  {ratio:13.3f}  {reading}" for name, ratio, reading in rows),
         f"best uniform: {', '.join(f'{part} {share:g}' for part, share in shares.items()) or 'dense'} in all layers",
         "layers:",
         *(f'  "{key}": {{{", ".join(f"{part}: {share:g}" for part, share in parts.items())}}}'
@@ -125,5 +130,5 @@ def describe(found: Sensitivity) -> str:
     return "\n".join(lines)
 
 
-def _signed(reading: Reading) -> str:
-    return f"{reading.increase:+.2g} ± {reading.error:.1g}"
+def _shown(reading: Reading) -> str:
+    return f"{reading.divergence:10.2g}  {reading.increase:+.2g} ± {reading.error:.1g}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loras_bench.attention.binding import AttentionBatch
-from loras_bench.sparsity.criteria import Heads, LayerSparsity, kept, top
+from loras_bench.sparsity.criteria import Heads, LayerSparsity, kept, select
 from loras_bench.sparsity.scoring import Criterion, ScoredTokens
 
 BATCH_TENSORS = ("dense_rows", "sparse_rows", "samples")
@@ -44,6 +44,8 @@ class AttentionChannels(NamedTuple):
     key: Tensor
     value: Tensor
     output: Tensor
+    qkv: Tensor
+    """Kept outputs of q, k and v side by side, in any order."""
 
 
 class ContextualSparsity:
@@ -58,7 +60,8 @@ class ContextualSparsity:
 
     def __init__(self, schedule: Sequence[LayerSparsity], heads: Heads, criterion: Criterion, all_tokens: bool) -> None:
         self.schedule, self.heads, self.criterion, self.all_tokens = list(schedule), heads, criterion, all_tokens
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._hidden: dict[torch.device, Tensor] = {}
+        self._belonging: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.active = True
         """Whether training steps are sparse now."""
         self.tokens: BatchTokens | None = None
@@ -83,35 +86,48 @@ class ContextualSparsity:
 
     @torch.no_grad()
     def feed_forward(self, layer: int, x_td: Tensor, tokens: BatchTokens) -> Tensor | None:
-        """Kept hidden channels, int64 (c,) in ascending order, for the input of gate and up; None: all."""
+        """Kept hidden channels for the input of gate and up, in ascending order; None: all.
+
+        Returns:
+            int64 (2, c): outputs of gate, and the same of up behind all those of gate.
+        """
         if not (sparsity := self.schedule[layer].feed_forward):
             return None
         scores_f = self.criterion.feed_forward(layer, x_td.detach(), tokens.scored)
-        return top(scores_f, kept(len(scores_f), sparsity))
+        if x_td.device not in self._hidden:
+            self._hidden[x_td.device] = torch.arange(2 * len(scores_f), device=x_td.device).view(2, -1)
+        return select([scores_f], [kept(len(scores_f), sparsity)], [self._hidden[x_td.device]]).view(2, -1)
 
     @torch.no_grad()
     def attention(self, layer: int, x_td: Tensor, tokens: BatchTokens) -> AttentionChannels | None:
         """Kept channels for the input of q, k and v; None: all."""
         if not (sparsity := self.schedule[layer].attention):
             return None
-        scores_p, scores_c = self.criterion.attention(layer, x_td.detach(), tokens.scored)
-        elements_2p, partners_gc = self._belonging(x_td.device)
-        key_c = elements_2p.index_select(1, top(scores_p, self.heads.kept_pairs(sparsity))).flatten()
-        value_c = top(scores_c, kept(len(scores_c), sparsity))
-        query_c, output_c = (partners_gc.index_select(1, chosen).flatten() for chosen in (key_c, value_c))
-        return AttentionChannels(query_c, key_c, value_c, output_c)
+        scores = self.criterion.attention(layer, x_td.detach(), tokens.scored)
+        pairs, values = self.heads.kept_pairs(sparsity), kept(len(scores[1]), sparsity)
+        if x_td.device not in self._belonging:
+            self._belonging[x_td.device] = self._tables(x_td.device)
+        chosen = select(scores[::-1], [values, pairs], self._belonging[x_td.device])
+        group = self.heads.group
+        value_c, output_c, _, query_c, _, key_c = chosen.split(
+            [values, group * values, values, 2 * group * pairs, 2 * pairs, 2 * pairs]
+        )
+        qkv_c = chosen[(1 + group) * values : len(chosen) - 2 * pairs]
+        return AttentionChannels(query_c, key_c, value_c, output_c, qkv_c)
 
-    def _belonging(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The two key channels of each rotary pair, and the query channels of each key channel, as tables.
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What belongs to each value channel (G + 2, c) and to each rotary pair (2 G + 4, p), in the order of `select`.
 
-        Looked up in every layer of every step, where arithmetic on indices would be a dozen launches.
+        Of a value channel: itself, inputs of o, itself behind all outputs of q and k; of a pair: outputs of q, those of
+        k behind them, those of k. So what is kept of q, k and v side by side is one piece of what is selected.
         """
-        if device not in self._tables:
-            channels = self.heads.key * self.heads.size
-            elements = self.heads.pair_channels(torch.arange(channels // 2, device=device)).view(2, -1)
-            partners = self.heads.query_channels(torch.arange(channels, device=device)).view(self.heads.group, -1)
-            self._tables[device] = elements, partners
-        return self._tables[device]
+        heads, channels = self.heads, self.heads.key * self.heads.size
+        value_c = torch.arange(channels, device=device)
+        key_c = heads.pair_channels(torch.arange(channels // 2, device=device))
+        behind_q = heads.query * heads.size
+        of_values = [value_c, heads.query_channels(value_c), value_c + behind_q + channels]
+        of_pairs = [heads.query_channels(key_c), key_c + behind_q, key_c]
+        return torch.cat(of_values).view(-1, channels), torch.cat(of_pairs).view(-1, channels // 2)
 
     def _announce(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -9,13 +9,19 @@ every head that shares the key head; and the two channels that the rotary embedd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+LARGEST_SELECTION = 32_768
+"""Scores that one program of our kernel holds; beyond it shared memory would not do for its running sums."""
 
 
 class LayerSparsity(NamedTuple):
@@ -41,6 +47,28 @@ def kept(width: int, sparsity: float) -> int:
 def top(scores_c: Tensor, count: int) -> Tensor:
     """The places of the `count` highest scores in ascending order: int64 (count,), on the device of the scores."""
     return scores_c.topk(count).indices.sort().values
+
+
+def select(scores: Sequence[Tensor], counts: Sequence[int], tables: Sequence[Tensor]) -> Tensor:
+    """Of each list of scores `table[:, top(scores, count)]`, one after the other, flat: a single launch on CUDA.
+
+    Args:
+        scores: One or two lists (n,), in float32 on CUDA.
+        counts: How many to take of each.
+        tables: int64 (b, n), b numbers for each score.
+    """
+    if has_kernels(scores[0].device.type) and max(map(len, scores)) <= LARGEST_SELECTION:
+        from loras_bench.kernels.selection import select as launch
+
+        return launch(scores, counts, tables)
+    triples = zip(scores, counts, tables, strict=True)
+    return torch.cat([table_bn.index_select(1, top(one, count)).flatten() for one, count, table_bn in triples])
+
+
+@cache
+def has_kernels(device: str) -> bool:
+    """Whether our Triton kernels run on this kind of device."""
+    return device == "cuda" and find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

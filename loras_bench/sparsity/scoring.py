@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loras_bench.graphed import pinned
-from loras_bench.sparsity.criteria import Heads, feed_forward_scores, query_key_scores, value_scores
+from loras_bench.sparsity.criteria import Heads, feed_forward_scores, has_kernels, query_key_scores, value_scores
 from loras_bench.sparsity.estimator import Factors
+
+LARGEST_FUSED_RANK = 32
+"""Of estimators whose scores our kernels compute: beyond it their tiles would not fit into registers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Estimates:
     def __init__(self, factors: Sequence[Factors]) -> None:
         self._widths = [len(one.up_nr) for one in factors]
         self._down_rd = torch.cat([one.down_rk for one in factors])
+        self._own_up_nr = torch.cat([one.up_nr for one in factors])
         self._up_nr = torch.block_diag(*(one.up_nr for one in factors))
         self._exact_up_nr = self._up_nr.float()
 
@@ -73,9 +77,31 @@ class Estimates:
         squares_n = ((self._exact_up_nr @ (z_tr.t() @ z_tr)) * self._exact_up_nr).sum(1)
         return torch.split(squares_n.clamp(min=0).sqrt()[None], self._widths, dim=1)
 
+    def fuse(self, x_td: Tensor) -> bool:
+        """Whether the scores of gate and up, or of q, k and v, can be computed by our kernels."""
+        return has_kernels(x_td.device.type) and self._own_up_nr.shape[1] <= LARGEST_FUSED_RANK
+
+    def feed_forward_scores(self, x_td: Tensor, mean_mt: Tensor) -> Tensor:
+        """`criteria.feed_forward_scores` of the mean tokens, where these are gate and up; without rounding in between.
+
+        The mean of x down^T over tokens is that of x times down^T, and much smaller to make.
+        """
+        from loras_bench.kernels.channel_scores import feed_forward_scores as fused
+
+        scores_f: Tensor = fused(self._low(x_td), mean_mt, self._own_up_nr)
+        return scores_f
+
+    def attention_scores(self, x_td: Tensor, real_t: Tensor | None, heads: Heads) -> tuple[Tensor, Tensor]:
+        """`criteria.query_key_scores` and `criteria.value_scores`, where these are q, k and v."""
+        from loras_bench.kernels.channel_scores import attention_scores as fused
+
+        scores_p, scores_c = fused(self._low(x_td), real_t, self._own_up_nr, heads.query, heads.key)
+        return scores_p, scores_c
+
     def _low(self, x_td: Tensor) -> Tensor:
         if (self._down_rd.device, self._down_rd.dtype) != (x_td.device, x_td.dtype):  # in the first pass only
-            self._down_rd, self._up_nr = self._down_rd.to(x_td), self._up_nr.to(x_td)
+            matrices = self._down_rd, self._own_up_nr, self._up_nr
+            self._down_rd, self._own_up_nr, self._up_nr = (matrix.to(x_td) for matrix in matrices)
             self._exact_up_nr = self._exact_up_nr.to(x_td.device)
         return F.linear(x_td, self._down_rd)
 
@@ -109,14 +135,19 @@ class OutputNorms:
         self._gate_up, self._qkv, self._heads, self._mean_token = gate_up, qkv, heads, mean_token
 
     def feed_forward(self, layer: int, x_td: Tensor, tokens: ScoredTokens) -> Tensor:
-        real_t = tokens.real_t
+        real_t, outputs = tokens.real_t, self._gate_up[layer]
+        if self._mean_token and isinstance(outputs, Estimates) and outputs.fuse(x_td):
+            return outputs.feed_forward_scores(x_td, tokens.mean_mt)
         if self._mean_token:
             x_td, real_t = tokens.mean_mt @ x_td, None
-        gate_tf, up_tf = self._gate_up[layer](x_td)
+        gate_tf, up_tf = outputs(x_td)
         return feed_forward_scores(gate_tf, up_tf, real_t)
 
     def attention(self, layer: int, x_td: Tensor, tokens: ScoredTokens) -> tuple[Tensor, Tensor]:
-        q_1n, k_1c, v_1c = self._qkv[layer].norms(x_td, tokens.real_t)
+        outputs = self._qkv[layer]
+        if isinstance(outputs, Estimates) and outputs.fuse(x_td):
+            return outputs.attention_scores(x_td, tokens.real_t, self._heads)
+        q_1n, k_1c, v_1c = outputs.norms(x_td, tokens.real_t)
         return query_key_scores(q_1n, k_1c, self._heads), v_1c[0]
 
 

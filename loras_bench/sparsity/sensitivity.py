@@ -1,7 +1,7 @@
 """A schedule of sparsities from what each part of each layer tolerates (SparseLoRA, Khaki et al. 2025, section 3.3).
 
 The paper raises the sparsity of one layer at a time and sets the schedule by hand. Here it is the one of least total
-loss increase within a budget of FLOPs, found exactly, on the assumption that the increases of parts add up.
+divergence within a budget of FLOPs, found exactly, on the assumption that the divergences of parts add up.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from loras_bench.methods.lora import LoraConfig
 
 PARTS = LayerSparsity._fields
-Increases = Mapping[tuple[int, str], Mapping[float, float]]
-"""By layer and part: the loss increase of each sparsity."""
+Divergences = Mapping[tuple[int, str], Mapping[float, float]]
+"""By layer and part: how far each sparsity takes the predictions from the dense ones, not negative."""
 
 
 class Option(NamedTuple):
     """One way to run one part of one layer."""
 
     saved: int
-    increase: float
+    divergence: float
 
 
 @dataclass(frozen=True)
@@ -109,39 +109,39 @@ def check_budget(cost: StepCost, grid: Mapping[str, Sequence[float]], budget: fl
         )
 
 
-def choose(cost: StepCost, increases: Increases, budget: float) -> list[LayerSparsity]:
-    """The schedule of least total increase among those whose FLOPs are at most `budget` of dense LoRA's.
+def choose(cost: StepCost, divergences: Divergences, budget: float) -> list[LayerSparsity]:
+    """The schedule of least total divergence among those whose FLOPs are at most `budget` of dense LoRA's.
 
     Of equals it takes the sparser: what costs nothing is free.
 
     Args:
         cost: Of a step.
-        increases: Of each part of each layer that may be sparse; being dense adds nothing.
+        divergences: Of each part of each layer that may be sparse; being dense adds nothing.
         budget: Share of dense LoRA's FLOPs; `check_budget` has let it pass.
     """
-    shares = {place: [*sorted(found, reverse=True), 0.0] for place, found in increases.items()}
+    shares = {place: [*sorted(found, reverse=True), 0.0] for place, found in divergences.items()}
     options = [
-        [Option(cost.saved_weights(place[1], one), increases[place].get(one, 0.0)) for one in shares[place]]
+        [Option(cost.saved_weights(place[1], one), divergences[place].get(one, 0.0)) for one in shares[place]]
         for place in shares
     ]
-    picked = least_increase(options, max(0, cost.weights_to_save(budget)))
+    picked = least_divergence(options, max(0, cost.weights_to_save(budget)))
     chosen = {place: shares[place][index] for place, index in zip(shares, picked, strict=True)}
     return [
         LayerSparsity(**{part: chosen.get((layer, part), 0.0) for part in PARTS}) for layer in range(cost.layer_count)
     ]
 
 
-def predicted(layers: Sequence[LayerSparsity], increases: Increases) -> float:
-    """The sum of the increases that the parts of a schedule have one at a time."""
-    shares = {(layer, part): getattr(layers[layer], part) for layer, part in increases}
-    return sum(found[shares[place]] for place, found in increases.items() if shares[place])
+def predicted(layers: Sequence[LayerSparsity], divergences: Divergences) -> float:
+    """The sum of the divergences that the parts of a schedule have one at a time."""
+    shares = {(layer, part): getattr(layers[layer], part) for layer, part in divergences}
+    return sum(found[shares[place]] for place, found in divergences.items() if shares[place])
 
 
-def least_increase(groups: Sequence[Sequence[Option]], needed: int) -> list[int]:
-    """One option of each group, so that they save at least `needed` at the least total increase.
+def least_divergence(groups: Sequence[Sequence[Option]], needed: int) -> list[int]:
+    """One option of each group, so that they save at least `needed` at the least total divergence.
 
     The multiple-choice knapsack problem by dynamic programming over whole units saved (Kellerer, Pferschy and
-    Pisinger, Knapsack Problems, 2004, section 11.5): exact. least_s is the least increase of the groups so far that
+    Pisinger, Knapsack Problems, 2004, section 11.5): exact. least_s is the least divergence of the groups so far that
     saves s or more, and `needed` is the largest s. The unit is what all savings are multiples of.
 
     Args:
@@ -163,7 +163,7 @@ def least_increase(groups: Sequence[Sequence[Option]], needed: int) -> list[int]
         best_s, pick_s = np.full(most + 1, np.inf), np.zeros(most + 1, np.int8)
         for index, option in enumerate(group):
             shift = min(option.saved // unit, most)
-            through_s = np.concatenate([np.full(shift, least_s[0]), least_s[: most + 1 - shift]]) + option.increase
+            through_s = np.concatenate([np.full(shift, least_s[0]), least_s[: most + 1 - shift]]) + option.divergence
             better_s = through_s < best_s
             best_s[better_s], pick_s[better_s] = through_s[better_s], index
         least_s = best_s
@@ -177,25 +177,21 @@ def least_increase(groups: Sequence[Sequence[Option]], needed: int) -> list[int]
     return found[::-1]
 
 
-def above_noise(increase: float, error: float) -> float:
-    """An increase as the choice takes it: 0 where it is negative, or not above its standard error."""
-    return increase if increase > error else 0.0
-
-
-def uniform(cost: StepCost, increases: Increases, ratio: float) -> list[LayerSparsity]:
-    """The best schedule that is the same in every layer, by added increases: the paper's "uniform" ablation.
+def uniform(cost: StepCost, divergences: Divergences, ratio: float) -> list[LayerSparsity]:
+    """The best schedule that is the same in every layer, by added divergences: the paper's "uniform" ablation.
 
     Each part has one sparsity of its grid in all layers, or is dense everywhere; its FLOPs are at most `ratio` of dense
     LoRA's, which the largest sparsities reach.
     """
     shares = {
-        part: sorted({one for (_, name), found in increases.items() if name == part for one in found}) for part in PARTS
+        part: sorted({one for (_, name), found in divergences.items() if name == part for one in found})
+        for part in PARTS
     }
     schedules = (
         [LayerSparsity(*pair)] * cost.layer_count for pair in product(*([0.0, *shares[part]] for part in PARTS))
     )
     fitting = [schedule for schedule in schedules if cost.ratio(schedule) <= ratio]
-    return min(fitting, key=lambda schedule: (predicted(schedule, increases), cost.ratio(schedule)))
+    return min(fitting, key=lambda schedule: (predicted(schedule, divergences), cost.ratio(schedule)))
 
 
 def by_range(layers: Sequence[LayerSparsity]) -> dict[str, dict[str, float]]:

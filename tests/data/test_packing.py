@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loras_bench.data.packing import PADDING_MULTIPLE, WIDTH_MULTIPLE, pack, pad
+from loras_bench.data.packing import PADDING_MULTIPLE, WIDTH_MULTIPLE, lay_out, pack, pad
 
 
 def test_three_documents_by_hand():
@@ -54,4 +54,8 @@ def test_every_token_of_every_document_is_there_once_and_in_order(lengths, rando
         assert (places[0], places[-1]) == (row.first_b[number], row.last_b[number])
     assert (np.diff(row.document_1s[0]) >= 0).all()
     assert row.real_1s[0].tolist() == [True] * total + [False] * (width - total)
-    assert all(array.dtype == np.int64 for name, array in row.inputs().items() if name != "attention_mask")
+    layout = lay_out(
+        np.array([document[0] for document in store]), np.array([len(document) for document in store]), 0, packed=True
+    )
+    inputs = layout.facts | layout.borders
+    assert all(array.dtype == np.int64 for name, array in inputs.items() if name != "attention_mask")

@@ -4,11 +4,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """Tests neither read nor write the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+def _in_all_modules(own_cache):
+    """Nothing here touches the user's cache."""
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from loras_bench.attention.binding import AttentionBatch
-from loras_bench.sparsity.contextual import ContextualSparsity, _mean_weights
+from loras_bench.sparsity import criteria, scoring
+from loras_bench.sparsity.contextual import BatchTokens, ContextualSparsity, _mean_weights
 from loras_bench.sparsity.criteria import Heads, LayerSparsity, feed_forward_scores, query_key_scores, value_scores
 from loras_bench.sparsity.estimator import Factors, low_rank
 from loras_bench.sparsity.scoring import Estimates, OutputNorms, RandomScores, ScoredTokens, TrueOutputs
 
 CPU = torch.device("cpu")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TOKENS, INPUTS, WIDTHS = 9, 24, (32, 16, 16)
 REAL = torch.tensor([True] * 6 + [False] * 3)
 
@@ -73,6 +75,38 @@ def test_the_mean_token_is_over_the_real_tokens_of_a_sample() -> None:
     expected = [[0, 0.5, 0, 0, 0, 0.5], [0.5, 0, 0.5, 0, 0, 0], [0] * 6]
     assert _mean_weights(sample_t, torch.arange(3), real_t).tolist() == expected
     assert _mean_weights(sample_t, torch.tensor([7]), None).tolist() == [[0, 0, 0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("real_t", [None, REAL], ids=["all real", "padded"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_our_kernels_choose_what_torch_chooses(
+    group: int, real_t: Tensor | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, selection and what belongs to it: where a layer asks. On a CPU they are interpreted."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    heads, hidden = Heads(2 * group, 2, 8), 40
+    widths = {"qkv": (16 * group, 16, 16), "gate_up": (hidden, hidden)}
+    made = {name: [low_rank(torch.randn(width, INPUTS), 4) for width in of] for name, of in widths.items()}
+    mean_mt = _mean_weights(torch.arange(TOKENS) // 4, torch.arange(2), real_t)
+    tokens = BatchTokens(0, None, None, ScoredTokens(None if real_t is None else real_t.to(device), mean_mt.to(device)))
+    chosen = []
+    for kernels in (False, True):
+        for module in (criteria, scoring):
+            monkeypatch.setattr(module, "has_kernels", lambda device, kernels=kernels: kernels)
+        estimates = {name: {0: Estimates(factors)} for name, factors in made.items()}
+        criterion = OutputNorms(estimates["gate_up"], estimates["qkv"], heads, mean_token=True)
+        sparsity = ContextualSparsity([LayerSparsity(0.8, 0.5)], heads, criterion, True)
+        x_td = inputs().to(device)
+        attention, hidden_2c = sparsity.attention(0, x_td, tokens), sparsity.feed_forward(0, x_td, tokens)
+        assert attention is not None and hidden_2c is not None
+        chosen.append([hidden_2c.tolist(), *(part.tolist() for part in attention)])
+    assert chosen[0] == chosen[1]
+    (gate, up), query, key, value, _, qkv = chosen[0]
+    assert len(gate) == 8 and up == [channel + hidden for channel in gate] and gate == sorted(gate)
+    side_by_side = [*query, *(16 * group + c for c in key), *(16 * group + 16 + c for c in value)]
+    assert sorted(qkv) == sorted(side_by_side)
 
 
 def test_random_scores_are_written_where_they_were() -> None:

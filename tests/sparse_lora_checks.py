@@ -17,7 +17,7 @@ from loras_bench.methods import sparse_lora
 from loras_bench.methods.lora import Lora, LoraConfig
 from loras_bench.methods.sparse_lora import SparseLora, SparseLoraConfig
 from loras_bench.models.objective import Objective, unwrapped
-from loras_bench.sparsity.contextual import AttentionChannels, ContextualSparsity
+from loras_bench.sparsity.contextual import ContextualSparsity
 
 SCHEDULE = {"0": {"feed_forward": 0.9}, "0-1": {"attention": 0.75}, 1: {"feed_forward": 0.5}}
 ADAPTED = ["all-linear", "attention", "feed-forward", ("q_proj", "down_proj")]
@@ -87,16 +87,22 @@ def outcome(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[tuple[dict[int, AttentionChannels], dict[int, Tensor]]]:
-    """The channels that the layers choose inside the `with` block: of attention, and of the feed-forward layers."""
+def watched(model: nn.Module) -> Iterator[tuple[dict[int, tuple[Tensor, ...]], dict[int, Tensor]]]:
+    """The channels that the layers choose inside the `with` block: of q, k, v and o, and of the feed-forward layers."""
     sparsity = sparsity_of(model)
     attention, feed_forward = sparsity.attention, sparsity.feed_forward
     chosen: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
 
-    def keep(found: dict[int, Any], call: Any) -> Any:
-        return lambda layer, *args: found.setdefault(layer, call(layer, *args))
+    def keep(found: dict[int, Any], call: Any, part: int | slice) -> Any:
+        def watching(layer: int, *args: Any) -> Any:
+            channels = call(layer, *args)
+            found.setdefault(layer, None if channels is None else channels[part])
+            return channels
 
-    sparsity.attention, sparsity.feed_forward = keep(chosen[0], attention), keep(chosen[1], feed_forward)  # type: ignore
+        return watching
+
+    sparsity.attention = keep(chosen[0], attention, slice(4))  # type: ignore[method-assign]
+    sparsity.feed_forward = keep(chosen[1], feed_forward, 0)  # type: ignore[method-assign]
     try:
         yield chosen
     finally:
@@ -104,7 +110,7 @@ def watched(model: nn.Module) -> Iterator[tuple[dict[int, AttentionChannels], di
 
 
 def mask_bases(
-    model: nn.Module, context_bs: Tensor, attention: dict[int, AttentionChannels], feed_forward: dict[int, Tensor]
+    model: nn.Module, context_bs: Tensor, attention: dict[int, tuple[Tensor, ...]], feed_forward: dict[int, Tensor]
 ) -> None:
     """Make plain LoRA the sliced network: the channels of frozen layers that are not kept are zero for context tokens.
 
