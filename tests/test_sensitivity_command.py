@@ -134,6 +134,8 @@ def test_the_choice_is_what_was_measured(out: Path) -> None:
         if share
     ]
     assert found.choice.predicted == pytest.approx(sum(found.known()[cell].divergence for cell in cells))
+    frontier = list(found.choice.frontier.values())
+    assert frontier == sorted(frontier, reverse=True) and frontier[0] >= found.choice.predicted >= frontier[-1]
     last = [one for one in found.measurements if one.layer == LAYERS - 1 and one.part == "feed_forward"]
     assert [(one.divergence, one.increase, one.error) for one in last] == [(0, 0, 0)] * 2, (
         "no label reads what context tokens become there"

@@ -16,7 +16,15 @@ from loras_bench.methods.sparse_lora import SparseLoraConfig
 from loras_bench.plan import PlannedRun, plan_run, pretraining_of, resolve
 from loras_bench.progress import Progress
 from loras_bench.requests import Device
-from loras_bench.results.sensitivity import Choice, Measurement, Schedule, Sensitivity, describe, read_sensitivity
+from loras_bench.results.sensitivity import (
+    BUDGETS,
+    Choice,
+    Measurement,
+    Schedule,
+    Sensitivity,
+    describe,
+    read_sensitivity,
+)
 from loras_bench.runner import BlockRunner, Workers
 from loras_bench.sensitivity import (
     SEARCHED,
@@ -277,7 +285,14 @@ class Search:
         self._say("measuring the schedule")
         joint = schedule_of(chosen, cost, calibration)
         even = schedule_of(uniform(cost, divergences, joint.flops_ratio), cost, calibration)
-        found.choice = Choice(**dict(joint), flops_budget=flops, predicted=predicted(chosen, divergences), uniform=even)
+        budgets = [budget for budget in BUDGETS if cost.reaches(self.grid, budget)]
+        found.choice = Choice(
+            **dict(joint),
+            flops_budget=flops,
+            predicted=predicted(chosen, divergences),
+            uniform=even,
+            frontier={str(budget): predicted(choose(cost, divergences, budget), divergences) for budget in budgets},
+        )
         found.write(self.files.search)
         write_heatmap(found, self.files.stem)
         write_whole(self.files.experiment, experiment_text(self.experiment, found))

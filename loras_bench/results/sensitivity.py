@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loras_bench.files import write_whole
 
+BUDGETS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+"""Shares of dense LoRA's FLOPs at which a search says what the best schedule would do."""
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -57,6 +60,8 @@ class Choice(Schedule):
     """Sum of the divergences that were measured one part at a time."""
     uniform: Schedule
     """The best with one sparsity of each part in all layers, at no more FLOPs than the choice."""
+    frontier: dict[str, float]
+    """What `predicted` would be at other budgets, by share of FLOPs: those of `BUDGETS` that can be reached."""
 
 
 class Sensitivity(BaseModel):
@@ -123,6 +128,7 @@ def describe(found: Sensitivity) -> str:
         f"{'':26}  FLOPs / dense  divergence  loss increase ± standard error",
         *(f"{name:26}  {ratio:13.3f}  {reading}" for name, ratio, reading in rows),
         f"best uniform: {', '.join(f'{part} {share:g}' for part, share in shares.items()) or 'dense'} in all layers",
+        f"at other --flops, parts added up: {', '.join(f'{at} {value:.2g}' for at, value in choice.frontier.items())}",
         "layers:",
         *(f'  "{key}": {{{", ".join(f"{part}: {share:g}" for part, share in parts.items())}}}'
           for key, parts in choice.layers.items()),

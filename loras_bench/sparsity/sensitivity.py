@@ -68,6 +68,11 @@ class StepCost:
         weights = (1 - ratio) * self._dense / (4 * self.context)
         return math.ceil(weights * (1 - 1e-12))  # a ratio that was computed from whole weights gives these back
 
+    def reaches(self, grid: Mapping[str, Sequence[float]], ratio: float) -> bool:
+        """Whether the largest sparsities of a grid, in all layers, save enough for this share of FLOPs."""
+        most = sum(max(self.saved_weights(part, one) for one in grid[part]) for part in PARTS)
+        return self.weights_to_save(ratio) <= self.layer_count * most
+
     @cached_property
     def _dense(self) -> float:
         return self._flops([DENSE] * self.layer_count)
@@ -98,8 +103,7 @@ def check_budget(cost: StepCost, grid: Mapping[str, Sequence[float]], budget: fl
     Raises:
         UserError: With the smallest share that can be reached.
     """
-    needed = cost.weights_to_save(budget)
-    if needed > cost.layer_count * sum(max(cost.saved_weights(part, one) for one in grid[part]) for part in PARTS):
+    if not cost.reaches(grid, budget):
         least = cost.ratio([LayerSparsity(**{part: max(grid[part]) for part in PARTS})] * cost.layer_count)
         raise UserError(
             f"--flops {budget:g} cannot be reached: with the largest sparsity everywhere a sparse step takes "
