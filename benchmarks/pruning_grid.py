@@ -4,7 +4,7 @@
     loras-bench run grid/trec/*.yaml --seeds 0,1,2 --results grid-results
 
 An arm whose sparsity can be chosen becomes one for each sparsity. All arms of a data set go into one command: ratios
-are taken within its blocks.
+are taken within its blocks. Every run keeps its weights, which `loras-bench savings` and `recall` read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from loras_bench.commands.run import check_folder
 from loras_bench.config import Experiment
 from loras_bench.config_file import load_experiment
 from loras_bench.errors import UserError
@@ -45,7 +46,7 @@ def experiments(data: str, sparsities: Sequence[float], arms: Sequence[str] | No
     """The arms of a data set, by file and sparsity.
 
     Raises:
-        UserError: There is no such set or arm.
+        UserError: There is no such set or arm, or a sparsity is named twice.
         ConfigError: A sparsity is none.
     """
     if data not in SETS:
@@ -54,13 +55,16 @@ def experiments(data: str, sparsities: Sequence[float], arms: Sequence[str] | No
     files = {file.stem: file for file in sorted((CONFIGS / folder).glob("*.yaml"))}
     if unknown := [arm for arm in arms or () if arm not in files]:
         raise UserError(f"no arm `{unknown[0]}` in {CONFIGS / folder}", f"known arms: {', '.join(files)}")
+    shares = [f"{100 * sparsity:g}" for sparsity in sparsities]
+    if twice := next((share for share in shares if shares.count(share) > 1), None):
+        raise UserError(f"a sparsity of {twice} % is given twice", "name each once")
     common = [f"{key}={value}" for key, value in differences.items()]
     for arm in arms or files:
         chosen = [f"data.name={data}", f"name={data}_{arm}", *common]
         found = load_experiment(files[arm], chosen)
         if any(method.kind == "prune" and method.pattern != "2:4" for method in found.methods):
-            for sparsity in sparsities:
-                varied = [f"methods.prune.sparsity={sparsity}", f"name={data}_{arm}_{round(100 * sparsity)}"]
+            for sparsity, share in zip(sparsities, shares, strict=True):
+                varied = [f"methods.prune.sparsity={sparsity}", f"name={data}_{arm}_{share}"]
                 yield load_experiment(files[arm], [*chosen, *varied])
         else:
             yield found
@@ -74,18 +78,27 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("pruning-grid"), help="folder; one in it for each data set")
     given = parser.parse_args(words)
     try:
-        sparsities = [float(part) for part in given.sparsity.split(",")]
-        for data in given.data:
-            (given.out / data).mkdir(parents=True, exist_ok=True)
-            for found in experiments(data, sparsities, given.arms and given.arms.split(",")):
-                path = given.out / data / f"{found.name.removeprefix(f'{data}_')}.yaml"
-                content = found.model_dump(mode="json", exclude_unset=True)
-                path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-                print(path)
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        check_folder(given.out, "--out")
+        sparsities, arms = _numbers(given.sparsity), given.arms and list(dict.fromkeys(given.arms.split(",")))
+        found = {data: list(experiments(data, sparsities, arms)) for data in given.data}  # all, before any is written
+    except UserError as error:
+        print(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
         return 2
+    for data, made in found.items():
+        (given.out / data).mkdir(parents=True, exist_ok=True)
+        for experiment in made:
+            path = given.out / data / f"{experiment.name.removeprefix(f'{data}_')}.yaml"
+            content = experiment.model_dump(mode="json", exclude_unset=True)
+            path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            print(path)
     return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--sparsity `{text}` is not a list of numbers", "write --sparsity 0.2,0.4") from None
 
 
 if __name__ == "__main__":

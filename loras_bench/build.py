@@ -123,7 +123,7 @@ def assemble(
         seed: Of the adapters and the order of the data.
         device: Where the run will be; nothing is put there yet.
         ingredients: The model in them is changed.
-        fitted: Whether methods may fit the weights to data; False where only sizes matter.
+        fitted: Whether methods fit the weights; False where only sizes matter.
     """
     from accelerate.utils import set_seed
 
@@ -139,8 +139,9 @@ def assemble(
     set_seed(seed)  # the adapters' first weights depend on the seed alone, not on how the model was read
     plan = plan_steps(experiment.training, data, experiment.data.sequence_length, seed)
     for method in methods:
-        method.observe(_one_pass(data, plan) if fitted else ())
-        model = method.prepare(model)
+        if fitted:
+            method.observe(_one_pass(data, plan))
+        model = method.prepare(model) if fitted else method.resize(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trained: every parameter is frozen")
     if experiment.training.gradient_checkpointing:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loras_bench.answers import Predictions, documents_of, output_layer, predict
 from loras_bench.build import Build
 from loras_bench.data import IGNORED, TaskData
+from loras_bench.data.batches import real_tokens
 from loras_bench.errors import ConfigError
 from loras_bench.kernels.cross_entropy import CHUNK_TOKENS
 from loras_bench.methods.sparse_lora import SparseLora
@@ -45,7 +46,7 @@ class CalibrationSet:
         """Context and dense tokens of a row, rounded; padding is neither."""
         real, context = 0, 0
         for batch in self.batches:
-            real_n = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten()
+            real_n = real_tokens(batch).flatten()
             real += int(real_n.sum())
             context += int((real_n[batch["sparse_rows"]] if "sparse_rows" in batch else real_n).sum())
         sparse = round(context / self.rows)

@@ -29,7 +29,7 @@ class TrainingState:
         self.optimizer, self.methods, self.device = optimizer, methods, device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state under a flat name, not copied."""
+        """Every tensor of the state under a flat name, not copied; all processes of a job call it together."""
         state = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_dict().items()}
         for index, method in enumerate(self.methods):
             state |= {f"method.{index}.{name}": tensor for name, tensor in method.state_dict().items()}
@@ -56,14 +56,14 @@ def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]) -> None:
+def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write a checkpoint; a kill at any moment leaves the earlier one or this one.
 
-    The facts name the tensor file that belongs to them, and are renamed into place last.
+    The facts name the file of the state's tensors that belongs to them, and are renamed into place last.
     """
     name = f"step{facts['step']}-{TENSORS}"
     temporary = folder / f".{name}.tmp"
-    save_file({key: tensor.detach().contiguous().cpu() for key, tensor in state.tensors().items()}, temporary)
+    save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, temporary)
     os.replace(temporary, folder / name)
     facts_file = folder / f".{FACTS}.tmp"
     facts_file.write_text(json.dumps({**facts, "tensors": name}), encoding="utf-8")

@@ -195,9 +195,7 @@ def sensitivity(
         Path | None,
         typer.Option("--run", metavar="FOLDER", help="A finished run of the dense arm, instead of training one."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the dense training and the rows; with --run it is the run's.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the dense training and the rows; with --run the run's.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the experiment, measurements, plots.")] = Path("sensitivity"),
     device: DeviceName = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier search.")] = False,
@@ -241,13 +239,15 @@ def savings(
     length: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 512,
     seconds: Annotated[float, typer.Option(min=0, help="Loop of each form for joules; 0 leaves them out.")] = 2.0,
     out: Annotated[Path | None, typer.Option(help="Folder to keep packed and exported models in.")] = None,
+    format: Annotated[Literal["md", "csv"], typer.Option(help="Form of the tables.")] = "md",
     device: DeviceName = "auto",
     json_file: JsonFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier call wrote to --out.")] = False,
 ) -> None:
-    """Show what the zeros of pruned models save: bytes, FLOPs, time and joules, beside those of the dense model."""
+    """Show what pruned and folded models save: bytes, FLOPs, time and joules, beside those of the dense model."""
     from loras_bench.commands.savings import measure_savings
 
-    raise typer.Exit(measure_savings(runs, batch, length, seconds, out, device, json_file))
+    raise typer.Exit(measure_savings(runs, batch, length, seconds, out, format, device, json_file, force=force))
 
 
 @app.command()

@@ -36,6 +36,15 @@ def agreed(value: T) -> T:
     return box[0]
 
 
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean of what the processes have, once all have asked, on their device; alone, the tensor itself."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    mean = values.clone()
+    dist.all_reduce(mean)
+    return mean.div_(dist.get_world_size())
+
+
 def meet(group: Any, patience: timedelta) -> None:
     """Wait until all ranks are here.
 

@@ -190,8 +190,9 @@ class Run:
                 "losses": losses.values[:step].tolist(),
                 "validation": [point.model_dump() for point in self.done.validation_curve],
             }
+            tensors = run.state.tensors()  # in all processes: of some, each has a part
             if self.request.main_process:
-                save_checkpoint(self.request.folder, run.state, facts)
+                save_checkpoint(self.request.folder, tensors, facts)
 
     def _resume(self, run: Build, checkpoint: tuple[dict[str, Any], dict[str, torch.Tensor]], losses: LossLog) -> int:
         facts, tensors = checkpoint

@@ -43,7 +43,8 @@ class MasterAdamW:
             masters are exact.
         groups: Extra optimizer groups of methods: `params`, and where they differ `lr` and `weight_decay`.
         learning_rate: Peak learning rate, of groups without an `lr` of their own; `set_rate` scales it.
-        weight_decay: Decoupled decay of matrices; vectors (norms, biases) do not decay.
+        weight_decay: Decoupled decay of matrices; vectors (norms, biases) do not decay, nor does what modules list as
+            `undecayed`.
         betas: Of the moments.
         dtype: What the model will be cast to.
     """
@@ -60,8 +61,10 @@ class MasterAdamW:
         listed = [dict(group) for group in groups]
         special = {id(parameter) for group in listed for parameter in group["params"]}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
-        listed.append({"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay})
-        listed.append({"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0})
+        spared = {id(parameter) for module in model.modules() for parameter in getattr(module, "undecayed", ())}
+        decays = [p.ndim >= 2 and id(p) not in spared for p in rest]
+        listed.append({"params": [p for p, yes in zip(rest, decays, strict=True) if yes], "weight_decay": weight_decay})
+        listed.append({"params": [p for p, yes in zip(rest, decays, strict=True) if not yes], "weight_decay": 0.0})
         defaults = {"lr": learning_rate, "weight_decay": weight_decay}
         self.groups = [_Group(**(defaults | group)) for group in listed if group["params"]]
         self.betas = betas

@@ -58,6 +58,11 @@ def repeated(tokens: Tensor, distance: int, rows: int, seed: int, first: int | N
     return torch.cat(parts, dim=1)
 
 
+def positions_of(distance: int, first: int | None = None) -> int:
+    """How many tokens of such a row a model reads: the last one is only predicted."""
+    return 2 * distance - (first is None)
+
+
 def score(logits_nv: Tensor, targets_n: Tensor) -> tuple[float, float]:
     """The sums of hits (a tie of k tokens counts 1 / k) and of cross-entropies over n predictions."""
     logits_nv = logits_nv.float()
@@ -77,10 +82,10 @@ def recall(model: nn.Module, ids_rs: Tensor, distance: int, vocabulary: int) -> 
         distance: Half of their length.
         vocabulary: Size of the logits; decides how many rows are read at once.
     """
-    rows_at_once = max(1, LOGITS_AT_ONCE // (ids_rs.shape[1] * vocabulary))
+    rows_at_once = max(1, LOGITS_AT_ONCE // ((ids_rs.shape[1] - 1) * vocabulary))
     hits = losses = 0.0
     for rows_rs in ids_rs.split(rows_at_once):
-        logits_rsv = model(input_ids=rows_rs).logits[:, -distance:-1]
+        logits_rsv = model(input_ids=rows_rs[:, :-1]).logits[:, 1 - distance :]
         found = score(logits_rsv.flatten(0, 1), rows_rs[:, 1 - distance :].flatten())
         hits, losses = hits + found[0], losses + found[1]
     copies = len(ids_rs) * (distance - 1)

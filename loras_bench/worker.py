@@ -24,6 +24,7 @@ from loras_bench.config import Experiment
 from loras_bench.counting import count_training
 from loras_bench.errors import UserError
 from loras_bench.experiment import Run
+from loras_bench.feasibility import check_experiments
 from loras_bench.interrupts import raise_once
 from loras_bench.metering.environment import cpu_name
 from loras_bench.plan import claim_run
@@ -58,7 +59,11 @@ def facts_of(experiment: Experiment, seed: int, device: Device, pretrained: Path
     return {"steps": run.plan.steps, "total_parameters": total, "trainable_parameters": trainable, "flops": flops}
 
 
-QUESTIONS: dict[str, Callable[..., Any]] = {"look_at_device": look_at_device, "facts_of": facts_of}
+QUESTIONS: dict[str, Callable[..., Any]] = {
+    "look_at_device": look_at_device,
+    "check_experiments": check_experiments,
+    "facts_of": facts_of,
+}
 
 
 def answer(question: str, arguments: tuple[Any, ...], sender: Connection) -> None:

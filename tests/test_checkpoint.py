@@ -93,7 +93,7 @@ def test_a_snapshot_before_the_first_step_can_be_restored(trained):
 
 def test_a_checkpoint_takes_a_fresh_process_to_the_same_steps(trained, tmp_path):
     trained.steps(2)
-    save_checkpoint(tmp_path, trained.state, {"step": 2, "losses": [1.5]})
+    save_checkpoint(tmp_path, trained.state.tensors(), {"step": 2, "losses": [1.5]})
     expected = trained.steps(3)
 
     fresh = Trained(trained.dtype)
@@ -106,7 +106,7 @@ def test_a_checkpoint_takes_a_fresh_process_to_the_same_steps(trained, tmp_path)
 
 def test_only_the_newest_checkpoint_is_kept_and_removal_leaves_nothing(trained, tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, trained.state, {"step": step})
+        save_checkpoint(tmp_path, trained.state.tensors(), {"step": step})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.json", "step3-checkpoint.safetensors"]
     (tmp_path / ".step4-checkpoint.safetensors.tmp").touch()  # what a kill may leave
     (tmp_path / ".checkpoint.json.tmp").touch()
@@ -120,7 +120,7 @@ def test_only_the_newest_checkpoint_is_kept_and_removal_leaves_nothing(trained, 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(trained, tmp_path, monkeypatch, moment):
     """The four writes and renames of the second save fail one after the other; in between, the process is gone."""
     trained.steps(1)
-    save_checkpoint(tmp_path, trained.state, {"step": 1})
+    save_checkpoint(tmp_path, trained.state.tensors(), {"step": 1})
     first = trained.state.snapshot()
     trained.steps(1)
 
@@ -139,25 +139,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(trained, tmp_path, monke
         patch.setattr(checkpoint.os, "replace", dying(checkpoint.os.replace))
         patch.setattr(checkpoint.Path, "write_text", dying(checkpoint.Path.write_text))
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, trained.state, {"step": 2})
+            save_checkpoint(tmp_path, trained.state.tensors(), {"step": 2})
 
     facts, tensors = load_checkpoint(tmp_path)
     assert facts["step"] == 1
     assert_equal(tensors, first)
-    save_checkpoint(tmp_path, trained.state, {"step": 2})
+    save_checkpoint(tmp_path, trained.state.tensors(), {"step": 2})
     assert load_checkpoint(tmp_path)[0]["step"] == 2
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", "{}", '{"tensors": "absent.safetensors"}', '{"tensors": 3}'])
 def test_damaged_facts_count_as_no_checkpoint(trained, tmp_path, damage):
-    save_checkpoint(tmp_path, trained.state, {"step": 1})
+    save_checkpoint(tmp_path, trained.state.tensors(), {"step": 1})
     (tmp_path / "checkpoint.json").write_text(damage)
     assert load_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100])
 def test_truncated_tensors_count_as_no_checkpoint(trained, tmp_path, keep):
-    save_checkpoint(tmp_path, trained.state, {"step": 1})
+    save_checkpoint(tmp_path, trained.state.tensors(), {"step": 1})
     file = tmp_path / json.loads((tmp_path / "checkpoint.json").read_text())["tensors"]
     file.write_bytes(file.read_bytes()[:keep])
     assert load_checkpoint(tmp_path) is None

@@ -203,7 +203,12 @@ def test_a_missing_key_is_told_with_the_line_of_its_section(load):
             "line 9: unknown kind `windo` in methods.sparse_attention; did you mean `window`?",
             None,
         ),
-        ("kind: lora, ", "", "line 7: `methods.0` needs a `kind`", "known kinds: fold, lora, svd, prune, sparse_attention"),
+        (
+            "kind: lora, ",
+            "",
+            "line 7: `methods.0` needs a `kind`",
+            "known kinds: fold, lora, svd, prune, sparse_attention",
+        ),
     ],
 )
 def test_unknown_and_missing_kinds(load, old, new, message, hint):

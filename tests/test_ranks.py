@@ -25,11 +25,15 @@ from loras_bench.requests import Device
 pytestmark = pytest.mark.usefixtures("places")
 
 TWO = Device("cpu", f"2 x {cpu_name()}", triton=False, processes=2)
+PRUNE = {"kind": "prune", "sparsity": 0.5, "every": 1, "scope": ["feed_forward"]}
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"training": {"micro_batch_size": 2}, "evaluation": {"every_tokens": 256}},
     "lora_s": {"model": GPT2 | {"dtype": "bfloat16"}, "methods": [LORA, WINDOW], "training": {"micro_batch_size": 2}},
     "moods": {"data": MOODS, "methods": [LORA], "training": {"gradient_checkpointing": True}},
     "packed": {"data": MOODS | {"packing": "packed"}, "methods": [LORA], "training": {"micro_batch_size": 4}},
+    "fpp": {"methods": [PRUNE]},
+    "movement": {"methods": [PRUNE | {"score": "movement", "start": 0.4, "end": 0.4}]},
+    "fold": {"data": MOODS, "methods": [{"kind": "fold", "calibration_tokens": 64}]},
     "diverges": {"training": {"learning_rate": 1e30, "tokens": 4096}},
 }
 
@@ -64,7 +68,7 @@ def record(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("name", ["full", "lora_s", "moods", "packed"])
+@pytest.mark.parametrize("name", ["full", "lora_s", "moods", "packed", "fpp", "movement", "fold"])
 def test_two_processes_train_as_one(name: str, job: Any, tmp_path: Path) -> None:
     """Same rows, same losses: gradients are averaged over the processes, with and without copies of the masters."""
     alone = Run(request(arm(name), tmp_path), lambda event: None).execute()
@@ -86,7 +90,7 @@ def test_two_processes_train_as_one(name: str, job: Any, tmp_path: Path) -> None
 
 def test_only_rank_0_prints_and_the_device_says_how_many(job: Any) -> None:
     folder, finished = job
-    assert finished.stderr.count("completed") == 4, finished.stderr
+    assert finished.stderr.count("completed") == 7, finished.stderr
     assert record(folder, "full")["device"].startswith("2 x "), "never in one panel with a single device"
     run = folder / "results" / run_id(arm("full"), 0, TWO)
     assert {path.name for path in run.iterdir()} == {".lock", "model", "tokenizer", "power.npz", "result.json"}

@@ -13,7 +13,7 @@ from training_fixtures import tiny
 
 from loras_bench import recall as probe
 from loras_bench.errors import UserError
-from loras_bench.recall import recall, repeated, score
+from loras_bench.recall import positions_of, recall, repeated, score
 
 SIZE = 50
 
@@ -57,7 +57,9 @@ def rows_of(distance: int, rows: int = 4, first: int | None = None) -> Tensor:
 @pytest.mark.parametrize("distance", [2, 7, 49])
 @pytest.mark.parametrize("first", [None, 0])
 def test_a_model_that_copies_has_all(distance: int, first: int | None) -> None:
-    found = recall(Toy(copier), rows_of(distance, first=first), distance, SIZE)
+    toy = Toy(copier)
+    found = recall(toy, rows_of(distance, first=first), distance, SIZE)
+    assert {shape[1] for shape in toy.shapes} == {positions_of(distance, first)}, "the last token is predicted alone"
     assert (found.distance, found.accuracy, found.copies) == (distance, 1.0, 4 * (distance - 1))
     assert found.loss == pytest.approx(math.log(1 + 49 * math.exp(-5)))
 
@@ -79,8 +81,7 @@ def test_only_the_second_half_counts_and_not_its_first_token() -> None:
     def late(ids_rs: Tensor) -> Tensor:
         logits_rsv = nothing(ids_rs)
         logits_rsv[:, :6, 0] = 5
-        logits_rsv[:, 6:11].scatter_(2, ids_rs[:, 7:12, None], 5.0)
-        logits_rsv[:, 11:, 0] = 5
+        logits_rsv[:, 6:11].scatter_(2, ids_rs[:, 1:6, None], 5.0)
         return logits_rsv
 
     assert recall(Toy(late), rows_of(6), 6, SIZE).accuracy == 1.0

@@ -18,7 +18,7 @@ from loras_bench.plan import plan_blocks
 from loras_bench.progress import Progress
 from loras_bench.requests import Device
 from loras_bench.results.store import lock_run, run_folder
-from loras_bench.runner import WARMER_C, BlockRunner, Outcome, durations_of
+from loras_bench.runner import WARMER_C, BlockRunner, Outcome, Workers, durations_of
 
 CPU = Device("cpu", "A CPU", triton=False)
 LORA = {"kind": "lora", "rank": 4}
@@ -217,13 +217,31 @@ def test_one_nan_loss_fails_its_run_and_the_others_go_on(bench, write_config, tm
 
 
 @real
-def test_a_config_error_that_only_the_model_shows_is_a_failed_run_with_its_hint(bench, write_config, tmp_path):
-    config = write_config(model={"architecture": {"model_type": "gpt2", "n_layr": 1}})
-    called = bench(config)
-    assert called.status == 1
-    assert only_record(tmp_path / "results").reason == (
-        "unknown key `n_layr` in model.architecture for gpt2 (did you mean `n_layer`?)"
-    )
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"architecture": {"model_type": "gpt2", "n_layr": 1}}},
+            "unknown key `n_layr` in model.architecture for gpt2\nhint: did you mean `n_layer`?",
+        ),
+        ({"methods": [{"kind": "fold", "rank": 3}]}, "fold: rank 3 does not divide the 16 rows of a head"),
+        ({"methods": [{"kind": "fold"}, {"kind": "svd"}]}, "`svd` and `fold` both replace queries, keys and values"),
+    ],
+)
+def test_what_only_the_model_shows_is_refused_before_any_arm_runs(bench, write_config, tmp_path, sections, message):
+    called = bench(write_config("fine"), write_config("wrong", **sections))
+    assert (called.status, called.out) == (2, "")
+    assert called.err.startswith("error: experiment `wrong`: ") and message in called.err
+    assert not (tmp_path / "results").exists()
+
+
+@real
+def test_an_arm_that_is_finished_is_not_checked_again(bench, write_config, tmp_path, monkeypatch):
+    asked = []
+    config, ask = write_config(), Workers.ask
+    monkeypatch.setattr(Workers, "ask", lambda *words: asked.append(words[1]) or ask(*words))
+    assert bench(config).status == bench(config).status == 0
+    assert asked == ["look_at_device", "check_experiments", "look_at_device"]
 
 
 @real

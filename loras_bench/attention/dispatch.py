@@ -87,6 +87,11 @@ class ModelAttention:
             raise LookupError("ModelAttention.install was not called for this model")
         return found
 
+    def take(self, layer: nn.Module) -> None:
+        """Compute the core of this layer from now on."""
+        layer.model_attention = self  # type: ignore[assignment]  # no module of torch's
+        self.equal_widths = self.equal_widths and bool(getattr(layer, "equal_widths", True))
+
     def set_patterns(self, patterns: Sequence[PatternBase], backend: SparseBackend = "auto") -> None:
         """Give each layer its pattern.
 
@@ -112,6 +117,18 @@ class ModelAttention:
             yield
         finally:
             self._override = before
+
+    @contextmanager
+    def any_dense_kernel(self) -> Iterator[None]:
+        """Inside the `with` block, dense layers take the fastest kernel for whatever comes, and none is recorded.
+
+        For passes before training that are none of the run's own.
+        """
+        before, self._dense = self._dense, SdpaBackend()
+        try:
+            yield
+        finally:
+            self._dense = before
 
     @contextmanager
     def counting(self) -> Iterator[list[CoreCall]]:

@@ -45,9 +45,9 @@ def plug_in(
 
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = kind(len(layers), causal, head_dim, device or base.device, dense_kernel)
-    attention.equal_widths = not hasattr(config, "folding")
-    for module in [base, *layers]:
-        module.model_attention = attention
+    base.model_attention = attention
+    for layer in layers:
+        attention.take(layer)
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
     model.set_attn_implementation(NAME)  # type: ignore[operator]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from loras_bench.commands.kernels import _check_file
 from loras_bench.errors import UserError
-from loras_bench.trained import for_inference, load_causal
+from loras_bench.results.formatting import markdown
+from loras_bench.trained import for_inference, load_causal, open_causal
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
     from loras_bench.models.loading import LoadedModel
     from loras_bench.recall import Recall
 
-HEAD = ("distance", "accuracy", "loss", "copies")
+HEAD = ("model", "distance", "accuracy", "loss", "copies")
 
 
 def probe_recall(
     models: Sequence[str], distances: str, rows: int, seed: int, device: str, json_file: Path | None
 ) -> int:
-    """Print a table for each model; returns the exit status.
+    """Print one table of all models; returns the exit status. What a model is too short for is left out, with a note.
 
     Raises:
-        UserError: A model is not there, predicts no tokens or has too few positions, or a distance is no number.
+        UserError: A model is not there or predicts no tokens, a distance is no number, or none suits any model.
     """
     wanted = parse_distances(distances)
     if json_file is not None:
@@ -41,19 +42,31 @@ def probe_recall(
 
     be_quiet()
     target = torch.device(look_at_device(device).kind)
-    loaded = {name: load_causal(name) for name in models}
-    for name, (model, _) in loaded.items():
-        _check_positions(name, model, wanted)
+    opened = {name: open_causal(name) for name in (str(Path(model)) for model in models)}
+    loaded = {name: load_causal(one) for name, one in opened.items()}
     tokens = shared_tokens(loaded)
+    refused = {
+        name: {distance: why_not(model, tokens[_size(model)], distance) for distance in wanted}
+        for name, (model, _) in loaded.items()
+    }
+    if all(reason for reasons in refused.values() for reason in reasons.values()):
+        name, reasons = next(iter(refused.items()))
+        raise UserError(f"{name}: {reasons[wanted[0]]}", "give smaller --distances")
+    read: dict[str, list[Recall]] = {}
     found: dict[str, Any] = {}
-    for name, (model, _) in loaded.items():
-        print(name, file=sys.stderr)
-        read = _read(model, tokens[model.model.config.vocab_size], wanted, rows, seed, target)
-        drawn = len(tokens[model.model.config.vocab_size])
-        found[name] = {"model": model.label, "tokens": drawn, "recall": [asdict(one) for one in read]}
-        print(_table(model, read, drawn), end="\n\n")
+    for number, (name, (model, _)) in enumerate(loaded.items(), start=1):
+        print(f"{number} of {len(loaded)}: {name}", file=sys.stderr)
+        drawn, suited = tokens[_size(model)], [distance for distance in wanted if not refused[name][distance]]
+        read[name] = _read(model, drawn, suited, rows, seed, target)
+        left_out = {str(distance): reason for distance, reason in refused[name].items() if reason}
+        points = [asdict(one) for one in read[name]]
+        found[name] = {"model": model.label, "tokens": len(drawn), "recall": points, "left_out": left_out}
         if json_file is not None:
             write_json(json_file, {"rows": rows, "seed": seed, "models": found})
+    print(_table(read, {_size(model): len(tokens[_size(model)]) for model, _ in loaded.values()}))
+    for name, reasons in refused.items():
+        for reason in filter(None, reasons.values()):
+            print(f"Left out: {name}: {reason}.")
     return 0
 
 
@@ -80,13 +93,20 @@ def shared_tokens(loaded: Mapping[str, tuple[LoadedModel, Any]]) -> dict[int, Te
     return {size: embedded.nonzero()[:, 0] for size, embedded in shared.items()}
 
 
-def _check_positions(name: str, model: LoadedModel, distances: Sequence[int]) -> None:
-    """Refuse before anything is computed; the rows have a first token besides their halves."""
-    positions, needed = model.model.config.max_position_embeddings, 2 * distances[-1] + 1
-    if needed > positions:
-        raise UserError(
-            f"distance {distances[-1]} needs {needed} positions, and {name} has {positions}", "give smaller --distances"
-        )
+def why_not(model: LoadedModel, tokens: Tensor, distance: int) -> str | None:
+    """Why a model cannot be probed at a distance; None if it can be."""
+    from loras_bench.recall import positions_of
+
+    config: Any = model.model.config
+    if (needed := positions_of(distance, config.bos_token_id)) > config.max_position_embeddings:
+        return f"distance {distance} needs {needed:,} positions, and there are {config.max_position_embeddings:,}"
+    if distance > len(tokens):
+        return f"distance {distance} needs as many tokens, and {len(tokens):,} are embedded by all models here"
+    return None
+
+
+def _size(model: LoadedModel) -> int:
+    return int(model.model.config.vocab_size)
 
 
 def _read(
@@ -107,9 +127,15 @@ def _read(
     return found
 
 
-def _table(model: LoadedModel, read: Sequence[Recall], drawn: int) -> str:
-    size = model.model.config.vocab_size
-    lines = [model.label, "", f"| {' | '.join(f'{name:>8}' for name in HEAD)} |", f"|{'|'.join(['---------:'] * 4)}|"]
-    lines += [f"| {one.distance:8,} | {one.accuracy:8.2%} | {one.loss:8.3f} | {one.copies:8,} |" for one in read]
-    chance = f"By chance: accuracy {1 / size:.2g}, loss ln {size} = {math.log(size):.3f}."
-    return "\n".join([*lines, "", f"{chance} Drawn from {drawn:,} tokens that all such models here embed."])
+def _table(read: Mapping[str, Sequence[Recall]], drawn: Mapping[int, int]) -> str:
+    """All models, and for each size of their vocabularies what one that knows nothing has."""
+    lines = [
+        [name, f"{one.distance:,}", f"{one.accuracy:.2%}", f"{one.loss:.3f}", f"{one.copies:,}"]
+        for name, points in read.items()
+        for one in points
+    ]
+    lines += [
+        [f"by chance, of {size:,} tokens", "", f"{100 / size:.2g}%", f"{math.log(size):.3f}", ""] for size in drawn
+    ]
+    notes = [f"Drawn from {count:,} of {size:,} tokens, which all models here embed." for size, count in drawn.items()]
+    return "\n".join([markdown(HEAD, lines), "", *notes])

@@ -72,6 +72,8 @@ def _run(
     if dry_run:
         _show(blocks, target, workers, results)
         return 0
+    if todo := [run.experiment for block in blocks for run in block if force or not run.finished]:
+        workers.ask("check_experiments", todo, target)
     with Progress() as progress:
         done = sum(run.finished for block in blocks for run in block)
         if done and not force:
@@ -109,13 +111,13 @@ def check_sources(experiment: Experiment) -> None:
         raise UserError(f"{experiment.name}: model.run `{model.run}` holds no {RECORD_FILE}", "name a finished run")
 
 
-def check_folder(results: Path) -> None:
-    """Refuse a place for records that is no folder and cannot become one."""
-    existing = next(place for place in (results.absolute(), *results.absolute().parents) if place.exists())
+def check_folder(folder: Path, option: str = "--results") -> None:
+    """Refuse a place to write to that is no folder and cannot become one."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
-        raise UserError(f"--results {results}: {existing} is a file", "give a folder")
+        raise UserError(f"{option} {folder}: {existing} is a file", "give a folder")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"--results {results}: {existing} is not writable", "give another folder")
+        raise UserError(f"{option} {folder}: {existing} is not writable", "give another folder")
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from loras_bench.attention.binding import AttentionBatch
     from loras_bench.attention.dispatch import ModelAttention
 
-ALIGNMENT_BYTES = 16
-"""What CUDA's attention kernels ask of a row of q and k; zeros fill it."""
+ALIGNMENT = 8
+"""Columns of q and k are filled up with zeros to a multiple of this on CUDA: its attention kernels ask for rows of 16
+bytes, which are as many in bfloat16. In float32 fewer would do, but costs must not depend on when they are counted.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,23 @@ class FoldedAttention(nn.Module):
             self.add_module(name, module)
 
     @property
-    def folded_rows(self) -> list[nn.Parameter]:
-        """What was made of the query, key and value matrices, but for a dense one."""
+    def undecayed(self) -> list[nn.Parameter]:
+        """What was made of the query, key and value matrices, but for a dense one; `MasterAdamW` asks for this name."""
         rows = [self.query, self.query_bias, self.key]
         return rows if self.value_scale is None else [*rows, self.value_scale]
+
+    @property
+    def fill(self) -> int:
+        """Columns of zeros that queries and keys get where the model will run, and where its steps are counted."""
+        return 0 if self.shape.rotary or self.model_attention.device.type != "cuda" else -self.shape.rank % ALIGNMENT
+
+    @property
+    def equal_widths(self) -> bool:
+        """Whether the core's queries and values have as many columns."""
+        shape = self.shape
+        values = shape.hidden if self.value is None else shape.heads * shape.head_dim
+        queries = shape.head_dim if shape.rotary else shape.rank + self.fill
+        return queries == values // shape.groups
 
     def forward(
         self,
@@ -117,9 +132,8 @@ class FoldedAttention(nn.Module):
         if self.shape.rotary:
             assert rotation is not None
             a_bgsr, b_bgsr = apply_rotary_pos_emb(self._spread(a_bgsr), self._spread(b_bgsr), *rotation)
-        elif x_bsd.is_cuda:
-            fill = -self.shape.rank % (ALIGNMENT_BYTES // x_bsd.element_size())
-            a_bgsr, b_bgsr = F.pad(a_bgsr, (0, fill)), F.pad(b_bgsr, (0, fill))
+        elif self.fill:
+            a_bgsr, b_bgsr = F.pad(a_bgsr, (0, self.fill)), F.pad(b_bgsr, (0, self.fill))
         v_bgsd = self._grouped(self._values(x_bsd))
         out_bgsd: Tensor = self.model_attention.attend(self.layer_idx, a_bgsr, b_bgsr, v_bgsd, batch, self.scale)
         return out_bgsd.transpose(1, 2).flatten(2)

@@ -2,7 +2,8 @@
 
 The paper's abstract claims that layers shrink by 99 %, linear layers by 70 % and the model by about 70 %. The first can
 only be the matrices of queries, keys and values; the last needs 70 % of the embeddings to go too. Weights of matrices
-are counted; biases, norms and heads stay and count towards the whole.
+are counted; biases, norms and heads stay and count towards the whole. `prune` takes the word embeddings alone,
+those of positions and segments stay: `zeroed words` is what `fold` and `prune` leave together.
 """
 
 from __future__ import annotations
@@ -18,21 +19,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Count:
-    """Weights of a part of a model before and after."""
+    """Weights of a part of a model before and after.
+
+    `after` are those that are left and not zero; `claim` is the value of the abstract that it answers, if it does.
+    """
 
     part: str
     before: int
     after: int
+    claim: str = ""
 
     @property
-    def saved(self) -> float:
-        """Share of the weights that is gone."""
+    def gone_or_zero(self) -> float:
+        """Share of the weights: folding takes them away, pruning makes them zero."""
         return 1 - self.after / self.before
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Weights of a model by part: of one layer, and of all the rest."""
+    """Weights of a model by part: of one layer, and of all the rest.
+
+    `words` are those of the `embeddings` that are tokens'.
+    """
 
     layers: int
     hidden: int
@@ -42,6 +50,7 @@ class Sizes:
     output: int
     feed_forward: int
     embeddings: int
+    words: int
     total: int
 
 
@@ -68,6 +77,7 @@ def sizes(config: PretrainedConfig) -> Sizes:
         query_key_value=hidden * (heads + 2 * key_heads) * head_dim,
         output=heads * head_dim * hidden,
         feed_forward=(3 if llama else 2) * hidden * inner,
+        words=hidden * config.vocab_size,
         embeddings=hidden * (rows + (config.type_vocab_size if family in ("bert", "roberta") else 0)),
         total=sum(parameter.numel() for parameter in _on_meta(config).parameters()),
     )
@@ -87,37 +97,33 @@ def count(config: PretrainedConfig, sparsity: float, rank: int = 1) -> list[Coun
         rank: Rows that are left of a query or key matrix.
 
     Raises:
-        ConfigError: For architectures that are not known, and ranks that a head does not have.
+        ConfigError: For architectures that are not known, and ranks that do not divide a head's rows.
     """
     found = sizes(config)
-    if rank > found.head_dim:
-        raise ConfigError(f"rank {rank} is more than the {found.head_dim} rows of a head", "rank 1 is the paper's")
-    qkv, shared = found.query_key_value, folded_rows(found.hidden, 1, rank)
-    own = folded_rows(found.hidden, found.heads, rank)
-    block = qkv + found.output
+    parts = found.head_dim // 2 if config.model_type == "llama" else found.head_dim  # pairs of rotary channels
+    if parts % rank:
+        raise ConfigError(f"rank {rank} does not divide the {parts} rows of a head", "rank 1 is the paper's")
+    qkv, block = found.query_key_value, found.query_key_value + found.output
+    heads = {"shared rows": 1, "rows per head": found.heads}
+    folded = {rows: folded_rows(found.hidden, keeping, rank) for rows, keeping in heads.items()}
 
-    def kept(weights: int) -> int:
-        return weights - round(sparsity * weights)
+    def zeroed(weights: int) -> int:
+        return round(sparsity * weights)
 
-    folded_away = found.layers * (qkv - shared)
-    zeroed = found.layers * (found.feed_forward - kept(found.feed_forward))
-    embedded = found.embeddings - kept(found.embeddings)
-    return [
-        Count("Q, K, V of a layer, rows shared by all heads", qkv, shared),
-        Count("Q, K, V of a layer, rows of each head", qkv, own),
-        Count("attention of a layer, shared rows, dense output", block, shared + found.output),
-        Count(
-            "linear layers (feed-forward), zeroed",
-            found.layers * found.feed_forward,
-            found.layers * kept(found.feed_forward),
-        ),
-        Count("whole model, shared rows, embeddings untouched", found.total, found.total - folded_away - zeroed),
-        Count(
-            "whole model, shared rows, embeddings zeroed too",
-            found.total,
-            found.total - folded_away - zeroed - embedded,
-        ),
-    ]
+    linears = found.layers * found.feed_forward
+    counts = [Count(f"Q, K, V of a layer, {rows}", qkv, after, "99 %") for rows, after in folded.items()]
+    counts += [Count(f"attention of a layer, {rows}", block, after + found.output) for rows, after in folded.items()]
+    counts.append(
+        Count("feed-forward of all layers", linears, linears - found.layers * zeroed(found.feed_forward), "70 %")
+    )
+    embeddings = {"dense embeddings": 0, "zeroed embeddings": found.embeddings, "zeroed words": found.words}
+    for rows, after in folded.items():
+        left = found.total - found.layers * (qkv - after + zeroed(found.feed_forward))
+        counts += [
+            Count(f"model, {rows}, {what}", found.total, left - zeroed(weights), "about 70 %" if weights else "")
+            for what, weights in embeddings.items()
+        ]
+    return counts
 
 
 def _on_meta(config: PretrainedConfig) -> Any:

@@ -109,12 +109,6 @@ def best_product(a_nc: Tensor, b_nd: Tensor, rank: int, moments: Moments | None 
     return (u_rc, w_rd) if back_cc is None else (u_rc @ back_cc, w_rd @ back_dd)
 
 
-def logit_error(m_cd: Tensor, fitted_cd: Tensor, moments: Moments) -> float:
-    """Mean square of what two matrices M differ by in logits, each query's mean over keys taken out."""
-    gap_cd = (m_cd - fitted_cd).double()
-    return float(((moments.query_cc @ gap_cd @ moments.key_dd) * gap_cd).sum())
-
-
 def ridge(gram_mm: Tensor, cross_mn: Tensor, penalty: float, intercept: bool) -> tuple[Tensor, Tensor | None]:
     """The weights W (n, m - 1) and bias b (n,) that minimise sum |W z + b - y|^2 + l |W|^2 over tokens.
 

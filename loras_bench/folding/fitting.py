@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loras_bench.attention.families import is_causal
 from loras_bench.folding.attention import FoldedAttention, FoldShape
 from loras_bench.folding.factors import Initialisation, Moments, fold_rows, ridge
-from loras_bench.folding.families import DenseAttention, Matrix, read_attention, with_constant
+from loras_bench.folding.families import DenseAttention, LinearMap, read_attention, with_constant
 
 if TYPE_CHECKING:
     from loras_bench.attention.binding import AttentionBatch
@@ -83,7 +83,7 @@ def fold_sizes(base: Any, layers: Sequence[int], folding: Folding) -> None:
         place(dense, block, output_over_inputs(dense, block.shape) if folding.diagonal else None)
 
 
-def place(dense: DenseAttention, block: FoldedAttention, output: Matrix | None) -> None:
+def place(dense: DenseAttention, block: FoldedAttention, output: LinearMap | None) -> None:
     """Put a folded block where the dense one is, with another output projection where there is one."""
     block.train(dense.module.training)
     setattr(dense.owner, dense.name, block)
@@ -111,25 +111,24 @@ def empty_fold(base: Any, layer: int, folding: Folding) -> FoldedAttention:
     value = None if folding.diagonal else dense.value.as_module(like=dense.output)
     block = FoldedAttention(shape, layer, is_causal(config), value, dense.inside).to(dense.query.weight_oi)
     if hasattr(base, "model_attention"):
-        block.model_attention = base.model_attention
-        block.model_attention.equal_widths = False
+        base.model_attention.take(block)
     return block
 
 
-def output_over_inputs(dense: DenseAttention, shape: FoldShape) -> Matrix:
+def output_over_inputs(dense: DenseAttention, shape: FoldShape) -> LinearMap:
     """The output projection that reads the layer's mixed inputs themselves: W_o W_V, and W_o b_V + b_o.
 
     Exact where all heads share their attention weights P, whose rows sum to 1:
     (P (X W_V^T + 1 b_V^T)) W_o^T + b_o = (P X) (W_o W_V)^T + (W_o b_V + b_o).
     """
-    output = Matrix.of(dense.output)
+    output = LinearMap.of(dense.output)
     value = dense.value.heads(shape.key_heads)
     sharing = shape.heads // shape.key_heads
     weight_oi = output.weight_oi @ value.weight_oi.repeat_interleave(sharing, dim=0).flatten(0, 1)
     if value.bias_o is None:
-        return Matrix(weight_oi, output.bias_o)
+        return LinearMap(weight_oi, output.bias_o)
     added_o = output.weight_oi @ value.bias_o.repeat_interleave(sharing, dim=0).flatten()
-    return Matrix(weight_oi, added_o if output.bias_o is None else added_o + output.bias_o)
+    return LinearMap(weight_oi, added_o if output.bias_o is None else added_o + output.bias_o)
 
 
 def _write_rows(block: FoldedAttention, dense: DenseAttention, folding: Folding, moments: Moments | None) -> None:
@@ -164,7 +163,7 @@ def _read_moments(dense: Mapping[int, DenseAttention], feed: Feed) -> dict[int, 
 
 def _fit_outputs(
     dense: Mapping[int, DenseAttention], folded: Mapping[int, FoldedAttention], penalty: float, feed: Feed
-) -> dict[int, Matrix]:
+) -> dict[int, LinearMap]:
     """The output projections that make the folded blocks nearest to the dense ones, over all real tokens."""
     grams: dict[int, Tensor] = {}
     crosses: dict[int, Tensor] = {}
@@ -183,8 +182,8 @@ def _fit_outputs(
         feed()
     for hook in hooks:
         hook.remove()
-    has_bias = {layer: Matrix.of(block.output).bias_o is not None for layer, block in dense.items()}
-    return {layer: Matrix(*ridge(grams[layer], crosses[layer], penalty, has_bias[layer])) for layer in dense}
+    has_bias = {layer: LinearMap.of(block.output).bias_o is not None for layer, block in dense.items()}
+    return {layer: LinearMap(*ridge(grams[layer], crosses[layer], penalty, has_bias[layer])) for layer in dense}
 
 
 @contextmanager

@@ -106,13 +106,19 @@ class Method(ABC, Generic[C]):
     def observe(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Called once, before `prepare`: collated training batches on the CPU, made as they are asked for.
 
-        One pass over the rows, the same in every process; what `prepare` fits to data it keeps from them. There are
-        none where nobody will use the values of the weights (a dry run): then only their sizes must be right.
+        One pass over the rows, the same in every process; what `prepare` fits to data it keeps from them.
         """
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Freeze, attach or swap modules; return the model to train."""
         return model
+
+    def resize(self, model: nn.Module) -> nn.Module:
+        """Called in the place of `observe` and `prepare` where nobody will use the values of the weights (a dry run).
+
+        Their number, shapes and costs must be those that `prepare` leaves; nothing is fitted.
+        """
+        return self.prepare(model)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Groups of `params`, and where they differ `lr` and `weight_decay`; the loop takes the rest."""

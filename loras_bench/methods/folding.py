@@ -54,7 +54,7 @@ class FoldConfig(MethodConfig):
     layers: Annotated[tuple[str, ...], BeforeValidator(_names)] | None = None
     """Layers (`"3"`) or ranges with both ends (`"3-5"`), counted from 0; default all."""
     calibration_tokens: int = Field(default=65_536, ge=1)
-    """Training tokens that the fits read, rounded up to whole micro-batches."""
+    """Training tokens, padding excluded, that the fits read at least: whole micro-batches of them."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Of the folded rows and diagonals, which never decay; default that of the run."""
 
@@ -125,15 +125,16 @@ class Fold(Method[FoldConfig]):
         """Called once, before `prepare`: keep the training batches on which the folds are fitted.
 
         Args:
-            batches: As `TaskData.collate` made them, on the CPU; taken until there are enough tokens. None: the model
-                is folded in its sizes alone.
+            batches: As `TaskData.collate` made them, on the CPU; taken until there are enough tokens.
         """
+        from loras_bench.data.batches import real_tokens
+
         if not self.config.folding().reads_data:
             return
         kept, tokens = [], 0
         for batch in batches:
             kept.append(batch)
-            tokens += batch["input_ids"].numel()
+            tokens += int(real_tokens(batch).sum())
             if tokens >= self.config.calibration_tokens:
                 break
         self._batches = kept
@@ -148,45 +149,55 @@ class Fold(Method[FoldConfig]):
 
         base: Any = model.base_model
         folding = self.config.folding()
-        layers = self.config.folded_layers(base.config.num_hidden_layers)
-        if folding.reads_data and self._batches is None:
-            raise RuntimeError("fold: `observe` comes before `prepare`")
         if folding.reads_data and not self._batches:
-            self.resize(model)
-        else:
-            before = next(model.parameters()).device
-            model.to(base.model_attention.device)  # where its attention computes
-            fold_model(base, layers, folding, partial(self._feed, model))
-            model.to(before)
+            raise RuntimeError("fold: `observe` comes before `prepare`")
+        before = next(model.parameters()).device
+        model.to(base.model_attention.device)  # where its attention computes
+        fold_model(base, self._layers(base), folding, partial(self._feed, model))
+        model.to(before)
         self._batches = None
-        note = self.config.model_dump(mode="json", include={"heads", "rank", "values"}) | {"layers": layers}
-        base.config.folding = note
-        base.config.use_cache = False  # folded attention keeps no keys
-        return model
+        return self._noted(model)
 
-    def resize(self, model: nn.Module) -> None:
+    def resize(self, model: nn.Module) -> nn.Module:
         """Give the layers of a transformers model the sizes of folded ones, with any values."""
         from loras_bench.folding.fitting import fold_sizes
 
         base: Any = model.base_model
-        fold_sizes(base, self.config.folded_layers(base.config.num_hidden_layers), self.config.folding())
+        fold_sizes(base, self._layers(base), self.config.folding())
+        return self._noted(model)
+
+    def _layers(self, base: Any) -> list[int]:
+        return self.config.folded_layers(base.config.num_hidden_layers)
+
+    def _noted(self, model: nn.Module) -> nn.Module:
+        base: Any = model.base_model
+        note = self.config.model_dump(mode="json", include={"heads", "rank", "values"})
+        base.config.folding = note | {"layers": self._layers(base)}
+        base.config.use_cache = False  # folded attention keeps no keys
+        return model
 
     def _feed(self, model: nn.Module) -> None:
-        """The model over the calibration batches, with its head: `Objective` knows how each task's batches are read."""
+        """The model over the calibration batches, with its head: `Objective` knows how each task's batches are read.
+
+        In float32, which not every kernel takes that the run may ask for in its own number format.
+        """
         from loras_bench.graphed import to_device
         from loras_bench.models.objective import Objective
 
+        base: Any = model.base_model
         training, device = model.training, next(model.parameters()).device
-        for batch in self._batches or ():
-            task = "classification" if batch["targets"].ndim == 1 else "language_modeling"
-            Objective(model, task, "torch").eval()(**to_device(dict(batch), device))  # type: ignore[arg-type]
+        with base.model_attention.any_dense_kernel():
+            for batch in self._batches or ():
+                task = "classification" if batch["targets"].ndim == 1 else "language_modeling"
+                Objective(model, task, "torch").eval()(**to_device(dict(batch), device))  # type: ignore[arg-type]
         model.train(training)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The folded rows and diagonals, unless adapters have frozen them."""
+        """The folded rows and diagonals, if they have a rate of their own and adapters have not frozen them."""
         from loras_bench.folding.attention import FoldedAttention
 
         blocks = [module for module in model.modules() if isinstance(module, FoldedAttention)]
-        rows = [row for block in blocks for row in block.folded_rows if row.requires_grad]
-        rate = {} if self.config.learning_rate is None else {"lr": self.config.learning_rate}
-        return [{"params": rows, "weight_decay": 0.0} | rate] if rows else []
+        rows = [row for block in blocks for row in block.undecayed if row.requires_grad]
+        if self.config.learning_rate is None or not rows:
+            return []
+        return [{"params": rows, "lr": self.config.learning_rate, "weight_decay": 0.0}]

@@ -57,7 +57,24 @@ class Lora(Method[LoraConfig]):
             )
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Freeze the base, attach the adapters; a classification head stays trainable."""
+        """Freeze the base, attach the adapters; a classification head stays trainable.
+
+        Raises:
+            ConfigError: They cannot be attached, or DoRA would divide by a norm of 0.
+        """
+        adapted = self.resize(model)
+        for name, parameter in adapted.named_parameters():
+            if ".lora_magnitude_vector." in name and not parameter.all():
+                layer = name.removeprefix("base_model.model.").partition(".lora_magnitude_vector.")[0]
+                raise ConfigError(
+                    f"lora: `variant: dora` divides by the norm of each output's weights, and {layer} has outputs "
+                    "without any (pruned units)",
+                    "use `variant: lora`",
+                )
+        return adapted
+
+    def resize(self, model: nn.Module) -> nn.Module:
+        """As `prepare`, whatever the weights of the base."""
         from peft import LoraConfig as PeftLoraConfig
         from peft import TaskType, get_peft_model
 

@@ -68,11 +68,18 @@ class LowRank(Method[LowRankConfig]):
             raise ConfigError("`sparse_lora` slices whole matrices, and `svd` leaves factors", "remove one of them")
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Factorise; the ranks are noted in the model's configuration as `low_rank`.
+        """Factorise; the rank is noted in the model's configuration as `low_rank`.
 
         Raises:
             ConfigError: A matrix has no such rank.
         """
+        return self._replaced(model, fitted=True)
+
+    def resize(self, model: nn.Module) -> nn.Module:
+        """As `prepare`, with any values: nothing is decomposed."""
+        return self._replaced(model, fitted=False)
+
+    def _replaced(self, model: nn.Module, *, fitted: bool) -> nn.Module:
         from loras_bench.models.low_rank import replace_linears
         from loras_bench.pruning.blocks import linears_of
 
@@ -81,16 +88,9 @@ class LowRank(Method[LowRankConfig]):
         smallest = min(min(m.weight.shape) for m in linears_of(model, TARGETS[self.config.targets]))
         if rank > smallest:
             raise ConfigError(f"svd: a matrix of this model has rank {smallest}, not {rank}", "lower `rank`")
-        replace_linears(model, TARGETS[self.config.targets], rank, fitted=True)
+        replace_linears(model, TARGETS[self.config.targets], rank, fitted=fitted)
         config.low_rank = {"targets": self.config.targets, "rank": rank}
         return model
-
-    def resize(self, model: nn.Module) -> None:
-        """Give a transformers model the sizes of one whose configuration holds the rank, with any values."""
-        from loras_bench.models.low_rank import replace_linears
-
-        assert self.config.rank is not None
-        replace_linears(model, TARGETS[self.config.targets], self.config.rank, fitted=False)
 
     def _rank_of_fold(self, model: nn.Module) -> int:
         """The largest with no more weights than folded rows of each head; 1 where those are less than any product."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from loras_bench.optimizer import MasterAdamW
-    from loras_bench.pruning.blocks import Block, Matrix
+    from loras_bench.pruning.blocks import Block, Part
 
 LINEARS = {"feed_forward": FEED_FORWARD, "attention": ATTENTION}
 
@@ -89,7 +89,7 @@ class Prune(Method[PruneConfig]):
     def __init__(self, config: PruneConfig) -> None:
         super().__init__(config)
         self.blocks: list[Block] = []
-        self._selected: list[tuple[Matrix, tuple[Matrix, ...] | None]] = []
+        self._selected: list[Part] = []
         self._hooks: list[Any] = []
         self._states: dict[int, list[Tensor]] = {}
         self._dense: dict[int, Tensor] = {}
@@ -108,6 +108,12 @@ class Prune(Method[PruneConfig]):
                 raise ConfigError(
                     "`movement` scores weights by their gradients, and `lora` freezes them", "use another `score`"
                 )
+            if isinstance(other, Lora) and other.config.variant == "dora":
+                raise ConfigError(
+                    "`variant: dora` of `lora` rescales each row by the norm of what it was, which zeros of `prune` "
+                    "spoil: a pruned unit comes back, or is NaN",
+                    "use `variant: lora`",
+                )
             if isinstance(other, Lora) and other.config.train_embeddings and "embeddings" in self.config.scope:
                 raise ConfigError(
                     "`train_embeddings` of `lora` trains a copy of the embeddings, which `prune` would not reach",
@@ -118,37 +124,45 @@ class Prune(Method[PruneConfig]):
         """Find what can be pruned; nothing is changed yet.
 
         Raises:
-            ConfigError: A part of the scope is not there, or a matrix has no whole groups of four inputs.
+            ConfigError: A part of the scope is not there, a matrix has no whole groups of four inputs, or the sparsity
+                comes to none or all of what is compared.
         """
         self._selected = self._parts_of(model)
-        for matrix, _ in self._selected:
-            inputs = matrix.by_outputs(matrix.weight).shape[1]
-            if self.config.pattern == "2:4" and inputs % 4:
-                raise ConfigError(
-                    f"prune: {matrix.name} has {inputs} inputs, which are no groups of four", "use another `pattern`"
-                )
+        for part in self._selected:
+            self._check_part(part)
         return model
 
-    def layers_of(self, model: nn.Module) -> set[str]:
-        """Names of the layers of a transformers model whose weights would be pruned."""
-        return {layer.name for matrix, writers in self._parts_of(model) for layer in (matrix, *(writers or ()))}
+    def _check_part(self, part: Part) -> None:
+        """Refuse what the pattern or the sparsity cannot do with the sizes of a part."""
+        outputs, inputs = part.matrix.by_outputs(part.matrix.weight).shape
+        name, sparsity = part.matrix.name, self.config.sparsity
+        if self.config.pattern == "2:4" and inputs % 4:
+            raise ConfigError(
+                f"prune: {name} has {inputs} inputs, which are no groups of four", "use another `pattern`"
+            )
+        compared = inputs if part.writers is not None or self.config.score == "wanda" else outputs * inputs
+        if not 0 < (pruned := round(sparsity * compared)) < compared:
+            what = "units" if part.writers is not None else "weights that are compared"
+            raise ConfigError(
+                f"prune: a sparsity of {sparsity} prunes {pruned} of the {compared} {what} in {name}",
+                f"for this layer it lies between {0.5 / compared:.2g} and 1 - {0.5 / compared:.2g}",
+            )
 
-    def _parts_of(self, model: nn.Module) -> list[tuple[Matrix, tuple[Matrix, ...] | None]]:
+    def _parts_of(self, model: nn.Module) -> list[Part]:
         """What shares a mask: single matrices, or those that read whole units with those that write them."""
-        from loras_bench.pruning.blocks import embedding_of, hidden_units_of, linears_of
+        from loras_bench.pruning.blocks import Part, embedding_of, hidden_units_of, linears_of
 
         structured = self.config.pattern == "structured"
-        parts: list[tuple[Matrix, tuple[Matrix, ...] | None]] = []
-        for part in self.config.scope:
-            found: list[tuple[Matrix, tuple[Matrix, ...] | None]]
-            if part == "embeddings":
-                found = [(embedding_of(model), () if structured else None)]
+        parts: list[Part] = []
+        for scope in self.config.scope:
+            if scope == "embeddings":
+                found = [Part(embedding_of(model), () if structured else None)]
             elif structured:
-                found = [*hidden_units_of(model)]
+                found = [Part(*units) for units in hidden_units_of(model)]
             else:
-                found = [(matrix, None) for matrix in linears_of(model, LINEARS[part])]
+                found = [Part(matrix) for matrix in linears_of(model, LINEARS[scope])]
             if not found:
-                raise ConfigError(f"prune: {type(model).__name__} has no {part} layers that can be pruned")
+                raise ConfigError(f"prune: {type(model).__name__} has no {scope} layers that can be pruned")
             parts += found
         return parts
 
@@ -166,7 +180,7 @@ class Prune(Method[PruneConfig]):
         from loras_bench.pruning.blocks import Block
         from loras_bench.pruning.scores import input_norms
 
-        self.blocks = [Block.of(matrix, writers) for matrix, writers in self._selected]
+        self.blocks = [Block.of(part) for part in self._selected]
         if self.config.score in ("fpp", "wanda"):
             matrices = [block.matrix for block in self.blocks]
             norms = input_norms(objective, matrices, batches, self.config.calibration_tokens)
@@ -236,10 +250,11 @@ class Prune(Method[PruneConfig]):
 
     def _scores(self, index: int, block: Block) -> Tensor:
         """Of the weights as they are now, shaped as the mask: float32."""
+        from loras_bench.distributed import mean_over_processes
         from loras_bench.pruning.scores import random_scores, unit_scores, weight_scores
 
         if block.movement is not None:
-            return block.movement
+            return mean_over_processes(block.movement)  # each has seen its share of the rows
         if self.config.score == "random":
             return random_scores(block.pruned.shape, self._seed + index, block.pruned.device)
         weight = block.matrix.weight
@@ -247,14 +262,6 @@ class Prune(Method[PruneConfig]):
         if block.pruned.ndim == 1:
             return unit_scores(weight_oi, block.norm_i)
         return block.matrix.by_outputs(weight_scores(weight_oi, block.norm_i))
-
-    def kept_units(self) -> dict[str, Tensor]:
-        """Old numbers of the units that are left, in their new order, int64 (units,), by the matrix that reads them.
-
-        For `structured`: of hidden units by the name of the layer that reads them, of tokens by that of the embedding.
-        """
-        units = {block.matrix.name: block.pruned for block in self.blocks if block.pruned.ndim == 1}
-        return {name: (~pruned).nonzero()[:, 0] for name, pruned in units.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masks packed as bits, and what scores are made of."""

@@ -226,6 +226,7 @@ class SparseLora(Method[SparseLoraConfig]):
         import torch
 
         from loras_bench.data import IGNORED
+        from loras_bench.data.batches import real_tokens
 
         targets, ids = batch["targets"], batch["input_ids"]
         if targets.shape != ids.shape:
@@ -238,7 +239,7 @@ class SparseLora(Method[SparseLoraConfig]):
             )
         if self.config.dense_tokens == "labels":
             return rows
-        real = batch.get("attention_mask", torch.ones_like(ids)).flatten().nonzero()[:, 0]
+        real = real_tokens(batch).flatten().nonzero()[:, 0]
         generator = torch.Generator().manual_seed(int(ids.sum()))  # of the batch alone: the same when resumed
         return real[torch.randperm(len(real), generator=generator)[: len(rows)]]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loras_bench.distributed import mean_over_processes
 from loras_bench.pruning.masks import pack_bits, unpack_bits
 
 WRITERS = {
@@ -47,6 +48,17 @@ class Matrix:
         return (1, units) if inputs != self.transposed else (units, 1)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What shares masks: the weights of a matrix; or with `writers` the units that it reads and those write.
+
+    The units of an embedding are tokens, which nothing writes: `()`.
+    """
+
+    matrix: Matrix
+    writers: tuple[Matrix, ...] | None = None
+
+
 @dataclass
 class Block:
     """Weights that share a mask: those of one matrix, or of whole units, which are the inputs of that matrix.
@@ -57,7 +69,8 @@ class Block:
         places: Parameters, and the shape in which the mask spreads over each.
         pruned: bool, True where weights are zero: in the layout of the weight, or (units,).
         norm_i: Of each input over the calibration batches, float32 (inputs,); None where scores do without.
-        movement: The sum of -gradient * weight over the steps, float32, shaped as `pruned`; None for other scores.
+        movement: The sum of -gradient * weight over the steps, float32, shaped as `pruned`; None for other scores. Of
+            this process's share of the rows, with gradients whose mean over the processes is the step's.
     """
 
     matrix: Matrix
@@ -67,24 +80,27 @@ class Block:
     movement: Tensor | None = None
 
     @classmethod
-    def of(cls, matrix: Matrix, writers: tuple[Matrix, ...] | None) -> Block:
-        """The block of a matrix, nothing pruned; with `writers` (an embedding has none: `()`) it is of whole units."""
-        weight = matrix.weight
-        if writers is None:
+    def of(cls, part: Part) -> Block:
+        """The block of a part, nothing pruned."""
+        matrix, weight = part.matrix, part.matrix.weight
+        if part.writers is None:
             pruned = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
             return cls(matrix, [(weight, tuple(weight.shape))], pruned)
         units = matrix.by_outputs(weight).shape[1]
         places: list[tuple[nn.Parameter, tuple[int, ...]]] = [(weight, matrix.along(units, inputs=True))]
-        for writer in writers:
+        for writer in part.writers:
             places.append((writer.weight, writer.along(units, inputs=False)))
             if isinstance(bias := getattr(writer.module, "bias", None), nn.Parameter):
                 places.append((bias, (units,)))
         return cls(matrix, places, torch.zeros(units, dtype=torch.bool, device=weight.device))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The mask as bits, and what its scores are made of."""
+        """The mask as bits, and what its scores are made of: the mean over all processes, which call it together."""
         state = {f"{self.matrix.name}.pruned": pack_bits(self.pruned)}
-        return state | {f"{self.matrix.name}.{name}": tensor for name, tensor in self._sums().items()}
+        return state | {
+            f"{self.matrix.name}.{name}": mean_over_processes(tensor) if tensor is self.movement else tensor
+            for name, tensor in self._sums().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned, in place."""

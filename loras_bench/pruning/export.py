@@ -69,7 +69,7 @@ class Exported:
             save_file({"row_of_token": self.vocabulary.row_of_token}, folder / VOCABULARY)
 
 
-def load_exported(folder: Path) -> Exported:
+def load_exported(folder: Path | str) -> Exported:
     """Read what `Exported.save` wrote.
 
     Raises:
@@ -84,7 +84,7 @@ def load_exported(folder: Path) -> Exported:
         model, _ = from_pretrained(kind, str(folder), config, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no exported model: {error}", "see `loras-bench savings --out`") from None
-    path = folder / VOCABULARY
+    path = Path(folder) / VOCABULARY
     return Exported(model, Vocabulary(load_file(path)["row_of_token"]) if path.exists() else None)
 
 

@@ -21,6 +21,8 @@ NOTHING_TO_CUT = "no hidden unit and too few tokens are zero throughout: nothing
 NOT_TWO_OF_FOUR = "no linear layer has two zeros in each four inputs"
 SMALLER = ("folding", "low_rank")
 """Where configurations note that modules were replaced by smaller ones."""
+SMALL = 0.02
+"""Standard deviation of values where there are none to go by: that of new weights in transformers."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Form:
 
 
 def forms_of(model: Any, out: Path | None = None) -> Iterator[Form]:
-    """Dense, masked, exported and 2:4, each a copy that is made when its turn comes.
+    """Dense, trained, exported and 2:4, each a copy that is made when its turn comes.
 
     Args:
         model: A transformers model; it is not changed.
         out: Folder that keeps the exported model, if there is one.
     """
     yield Form("dense", dense_of(model))
-    yield Form("masked", copy.deepcopy(model))
+    yield Form("trained", copy.deepcopy(model))
     if (exported := export(copy.deepcopy(model))) is None:
         yield Form("exported", reason=NOTHING_TO_CUT)
     else:
@@ -88,19 +90,22 @@ def forward_flops(form: Form, ids_bs: Tensor) -> tuple[float, list[str]]:
 def dense_of(model: Any) -> Any:
     """A copy that costs what the model would without pruning and folding; what it computes is not asked for.
 
-    Where modules were replaced by smaller ones it is the whole architecture with random weights. Elsewhere the zeros of
-    matrices get random values, as large as those beside them, since a GPU draws less power for zeros.
+    Where modules were replaced by smaller ones it is the whole architecture with random weights. All zeros get random
+    values, as large as those beside them, since a GPU draws less power for zeros; a tensor of zeros alone, such as the
+    biases of a new model, gets small ones.
     """
     config = copy.deepcopy(model.config)
     if notes := [note for note in SMALLER if hasattr(config, note)]:
         for note in notes:
             delattr(config, note)
-        return type(model)(config).to(model.dtype).eval()
-    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+        model = type(model)(config).to(model.dtype).eval()
+    else:
+        model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         zero = weight.detach() == 0
-        if weight.ndim > 1 and zero.any() and not zero.all():
-            scale = weight.detach()[~zero].float().square().mean().sqrt()
+        if zero.any():
+            scale = SMALL if zero.all() else weight.detach()[~zero].float().square().mean().sqrt()
             values = scale * torch.randn(weight.shape, generator=generator)
             weight.data[zero] = values.to(weight.dtype)[zero]
     return model

@@ -68,12 +68,14 @@ def save_packed(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(packed, path, metadata={"format": "pt", SHAPES: json.dumps(shapes)})
 
 
-def load_packed(path: Path) -> dict[str, Tensor]:
+def load_packed(path: Path | str) -> dict[str, Tensor]:
     """The tensors that `save_packed` was given, bit for bit.
 
     Raises:
         UserError: The file holds no packed weights.
     """
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}", "give a file that `loras-bench savings --out` wrote")
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if SHAPES not in metadata:

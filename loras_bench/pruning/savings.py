@@ -1,7 +1,7 @@
 """What zeros save: a trained model in each form that it can be kept and run in, stored, counted and timed side by side.
 
-`dense` is what the model would be without them, `masked` has them and computes with them, `exported` is cut smaller
-(export.py), `2:4` runs on the sparse tensor cores (semi_structured.py).
+`dense` is what the model would be without them, `trained` is what the run left and computes with them, `exported` is
+cut smaller (export.py), `2:4` runs on the sparse tensor cores (semi_structured.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Saving:
     """One form of a model; what was not measured is None, and `reason` says why.
 
     Attributes:
-        form: `dense`, `masked`, `exported` or `2:4`.
+        form: `dense`, `trained`, `exported` or `2:4`.
         parameters: That it holds; `nonzero` of them are not zero.
         dense_bytes: Of its tensors in bfloat16, every weight stored; `packed_bytes` with zeros stored as bits.
         flops: That a forward pass executes.
@@ -106,7 +106,7 @@ class _Measurement:
             self.row = step()
         except torch.cuda.OutOfMemoryError:
             self.row = replace(self.row, reason="out of memory")
-        except Exception as error:
+        except (UserError, RuntimeError) as error:
             self.row = replace(self.row, reason=str(error).strip().partition("\n")[0])
 
     def counted(self) -> Saving:

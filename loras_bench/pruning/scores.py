@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loras_bench.data.batches import real_tokens
 from loras_bench.graphed import to_device
 from loras_bench.pruning.blocks import Matrix
 
@@ -77,7 +78,7 @@ def input_norms(
     was_training, read = objective.training, 0
     objective.eval()
     for batch in batches:
-        real_bs = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        real_bs = real_tokens(batch)
         for matrix, total_i in sums:
             if isinstance(matrix.module, nn.Embedding):
                 ids_n = batch["input_ids"][real_bs]

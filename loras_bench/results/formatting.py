@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from loras_bench.results.statistics import Interval
 
@@ -72,3 +73,19 @@ def format_difference(interval: Interval) -> str:
     places = _last_place(max(map(abs, values)), 3)
     mean, *bounds = [("+" if value > 0 else "") + format_number(value, places=max(places, 0)) for value in values]
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table that can be read as it stands; the first `left` columns are text, the others numbers."""
+    grid = [heads, *rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*grid, strict=True)]
+    rule = ["-" * (width + 1) for width in widths]
+    lines = [
+        f"| {' | '.join(_pad(cell, widths[index], index < left) for index, cell in enumerate(row))} |" for row in grid
+    ]
+    marks = [f":{dashes}" if index < left else f"{dashes}:" for index, dashes in enumerate(rule)]
+    return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
+
+
+def _pad(cell: str, width: int, to_left: bool) -> str:
+    return cell.ljust(width) if to_left else cell.rjust(width)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loras_bench.data.batches import real_tokens
 from loras_bench.graphed import to_device
 from loras_bench.sparsity.scoring import OutputNorms, ScoredTokens
 
@@ -53,7 +54,7 @@ class MeasuredNorms:
         ]
         read, device = 0, next(base.parameters()).device
         for batch in batches:
-            real_bs = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            real_bs = real_tokens(batch)
             real["t"] = None if real_bs.all() else real_bs.flatten().to(device)
             run(to_device(dict(batch), device))
             read += int(real_bs.sum())

@@ -9,7 +9,8 @@ from torch import Tensor
 from training_fixtures import HEADS, WIDTH, attended, token_ids
 
 from loras_bench.folding.attention import FoldedAttention
-from loras_bench.folding.families import Matrix, read_attention
+from loras_bench.folding.factors import Moments
+from loras_bench.folding.families import LinearMap, read_attention
 from loras_bench.folding.fitting import Folding, fold_model
 
 SIZE = WIDTH // HEADS
@@ -24,6 +25,12 @@ def noisy(family: str, seed: int = 0, **options: Any) -> Any:
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def logit_error(m_cd: Tensor, fitted_cd: Tensor, moments: Moments) -> float:
+    """Mean square of what two matrices M differ by in logits, each query's mean over keys taken out."""
+    gap_cd = (m_cd - fitted_cd).double()
+    return float(((moments.query_cc @ gap_cd @ moments.key_dd) * gap_cd).sum())
 
 
 def folded(
@@ -61,32 +68,36 @@ def unfold(model: Any, blocks: list[FoldedAttention], dense: Any) -> Any:
     dense.load_state_dict(same, strict=False)
     for block in blocks:
         place, shape = read_attention(dense.base_model, block.layer_idx), block.shape
-        query = Matrix(
+        query = LinearMap(
             spread(block.query, HEADS, shape.rotary),
             spread(block.query_bias[..., None], HEADS, shape.rotary)[:, 0],
         )
-        key = Matrix(spread(block.key, HEADS, shape.rotary), torch.full((HEADS * SIZE,), 0.7))
-        value = Matrix(block.value_scale.diag(), torch.zeros(WIDTH)) if block.value is None else Matrix.of(block.value)
+        key = LinearMap(spread(block.key, HEADS, shape.rotary), torch.full((HEADS * SIZE,), 0.7))
+        value = (
+            LinearMap(block.value_scale.diag(), torch.zeros(WIDTH))
+            if block.value is None
+            else LinearMap.of(block.value)
+        )
         write_dense(dense, place.module, query, key, value)
     return dense
 
 
-def write_dense(dense: Any, module: Any, query: Matrix, key: Matrix, value: Matrix) -> None:
+def write_dense(dense: Any, module: Any, query: LinearMap, key: LinearMap, value: LinearMap) -> None:
     family = dense.config.model_type
     if family == "gpt2":
         maps = (query, key, value)
-        both = Matrix(torch.cat([m.weight_oi for m in maps]), torch.cat([m.bias_o for m in maps]))
+        both = LinearMap(torch.cat([m.weight_oi for m in maps]), torch.cat([m.bias_o for m in maps]))
         both.write(module.c_attn)
     elif family == "llama":
         query.write(module.q_proj)
-        Matrix(key.weight_oi, None).write(module.k_proj)
+        LinearMap(key.weight_oi, None).write(module.k_proj)
         value = value if len(value.weight_oi) == WIDTH else repeated(value)
-        Matrix(value.weight_oi, None).write(module.v_proj)
+        LinearMap(value.weight_oi, None).write(module.v_proj)
     else:
         query.write(module.query), key.write(module.key), value.write(module.value)
 
 
-def repeated(value: Matrix) -> Matrix:
+def repeated(value: LinearMap) -> LinearMap:
     """One value head for each query head."""
     heads = value.weight_oi.unflatten(0, (-1, SIZE))
-    return Matrix(heads.repeat_interleave(HEADS // len(heads), dim=0).flatten(0, 1), None)
+    return LinearMap(heads.repeat_interleave(HEADS // len(heads), dim=0).flatten(0, 1), None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fold_checks import logit_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loras_bench.folding.factors import Moments, bands, best_product, fold_rows, logit_error, ridge
+from loras_bench.folding.factors import Moments, bands, best_product, fold_rows, ridge
 
 HEADS, SIZE, HIDDEN = 2, 4, 6
 

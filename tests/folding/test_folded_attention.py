@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from fold_checks import HEADS, SIZE, folded, noisy, unfold
-from training_fixtures import WIDTH, attended, token_ids
+from training_fixtures import WIDTH, attended, tiny, token_ids
 
+from loras_bench.attention.dispatch import ModelAttention
+from loras_bench.attention.patterns import Dense
 from loras_bench.errors import UserError
 from loras_bench.folding.attention import FoldedAttention
-from loras_bench.folding.families import Matrix
+from loras_bench.folding.families import read_attention
+from loras_bench.folding.fitting import Folding, fold_sizes
 
+has_triton = find_spec("triton") is not None
 FAMILIES = ("gpt2", "bert", "roberta", "llama")
 
 
@@ -118,14 +124,22 @@ def test_a_causal_block_sees_no_future():
     assert not torch.allclose(before[:, 6:], after[:, 6:])
 
 
-def test_the_bias_of_keys_has_no_effect():
-    """Folded keys have none; a dense model's may be anything."""
-    model = noisy("gpt2").double()
-    ids = token_ids(2, 12)
-    with torch.no_grad():
-        before = model(ids, use_cache=False).logits
-        model.base_model.h[0].attn.c_attn.bias[WIDTH : 2 * WIDTH] += 5 * torch.randn(WIDTH, dtype=torch.float64)
-        torch.testing.assert_close(model(ids, use_cache=False).logits, before, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("initialisation", ["row_mean", "svd", "whitened"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
+def test_the_bias_of_keys_has_no_effect(family, initialisation):
+    """A fold has none: models that differ in it alone, however much, fold to the same rows and outputs."""
+    outputs, rows = [], []
+    for size in (0.0, 5.0):
+        model = noisy(family).double()
+        with torch.no_grad():
+            for layer in (0, 1):
+                key = read_attention(model.base_model, layer).key
+                key.bias_o.add_(size * torch.linspace(-1, 1, WIDTH).double())
+        blocks = folded(model, initialisation=initialisation, values="diagonal")
+        outputs.append(model.base_model(token_ids(2, 12), use_cache=False)[0])
+        rows.append(torch.cat([block.query.flatten(1) @ block.key.flatten(1).t() for block in blocks]))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-7, atol=1e-7)
 
 
 def test_rotary_logits_are_those_of_the_distance_kernel():
@@ -151,13 +165,55 @@ def test_rotary_logits_are_those_of_the_distance_kernel():
 def test_folding_the_inputs_of_a_conv1d_would_leave_uniform_attention():
     """The trap: rows of the stored array are input units, and a normed input sums to 0. Ours are output units."""
     norm = torch.nn.LayerNorm(WIDTH, elementwise_affine=False)
-    x_td = norm(torch.randn(20, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
-    stored_io = torch.randn(WIDTH, SIZE, dtype=torch.float64)
-    assert float((x_td @ stored_io.mean(0, keepdim=True).expand(WIDTH, -1)).abs().max()) < 1e-12
-    assert float((x_td @ stored_io.mean(1, keepdim=True).expand(-1, SIZE)).abs().max()) > 0.1
-    attn = noisy("gpt2").base_model.h[0].attn
-    read = Matrix.of(attn.c_attn).split(3)[1]
-    assert torch.equal(read.weight_oi, attn.c_attn.weight[:, WIDTH : 2 * WIDTH].t())
+    x_bsd = norm(torch.randn(1, 20, WIDTH, generator=torch.Generator().manual_seed(3)))
+    wrong, right = noisy("gpt2"), noisy("gpt2")
+    attn = wrong.base_model.h[0].attn
+    stored_io = attn.c_attn.weight.detach().clone()
+    with torch.no_grad():
+        attn.c_attn.weight[:, : 2 * WIDTH] = stored_io[:, : 2 * WIDTH].mean(0, keepdim=True)
+        (_, _, uniform), (_, _, ours) = (
+            attention_weights(block, x_bsd) for block in (attn, folded(right, initialisation="row_mean")[0])
+        )
+    even = torch.ones(20, 20).tril() / torch.arange(1, 21)[:, None]
+    torch.testing.assert_close(uniform, even.expand_as(uniform), rtol=0, atol=1e-5)
+    assert (ours - even).abs().amax(dim=(0, 2, 3)).min() > 0.2, "every head looks somewhere"
+    block = right.base_model.h[0].attn
+    for head in range(HEADS):
+        outputs = slice(head * SIZE, (head + 1) * SIZE)
+        torch.testing.assert_close(block.query[head, 0], stored_io[:, outputs].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "rank", "values", "device", "equal"),
+    [
+        ("llama", "per_head", 1, "diagonal", "cpu", True),
+        ("llama", "per_head", 2, "dense", "cuda", True),
+        ("llama", "shared", 1, "dense", "cuda", False),
+        ("bert", "per_head", 1, "diagonal", "cpu", False),
+        ("bert", "per_head", 1, "diagonal", "cuda", True),
+        ("bert", "per_head", SIZE, "dense", "cpu", True),
+        ("gpt2", "shared", SIZE, "diagonal", "cuda", False),
+    ],
+)
+def test_folds_of_equal_widths_keep_every_backend(family, heads, rank, values, device, equal):
+    """Rotary rows are spread over the head; others have 8 columns on CUDA, which is the tiny models' head."""
+    model = attended(family, device=torch.device(device))
+    fold_sizes(model.base_model, (0,), Folding(heads, rank, "svd", values == "diagonal", 0.0))
+    attention = model.base_model.model_attention
+    assert attention.equal_widths is equal
+    if device == "cuda":
+        assert (attention._choose(Dense(), "auto", packed=True)[0].name == "triton") is (equal and has_triton)
+    later = tiny(family)  # as a saved model is read: folded before attention is installed
+    fold_sizes(later.base_model, (0,), Folding(heads, rank, "svd", values == "diagonal", 0.0))
+    assert ModelAttention.install(later, device=torch.device(device)).equal_widths is equal
+
+
+def test_heads_wider_than_the_model_have_widths_of_their_own():
+    """Of 12 columns: a dense value has as many, a diagonal those of the inputs."""
+    for values, equal in (("dense", True), ("diagonal", False)):
+        model = attended("llama", head_dim=12)
+        fold_sizes(model.base_model, (0,), Folding("per_head", 1, "svd", values == "diagonal", 0.0))
+        assert model.base_model.model_attention.equal_widths is equal
 
 
 def test_a_cache_is_refused():

@@ -47,6 +47,12 @@ def method_of(run: Build) -> Prune:
     return next(method for method in run.methods if isinstance(method, Prune))
 
 
+def kept_units(run: Build) -> dict[str, Tensor]:
+    """Numbers of the units that are left, int64 (units,), by the matrix that reads them."""
+    units = {block.matrix.name: block.pruned for block in method_of(run).blocks if block.pruned.ndim == 1}
+    return {name: (~pruned).nonzero()[:, 0] for name, pruned in units.items()}
+
+
 def values_of(run: Build) -> dict[int, list[Tensor]]:
     """For each parameter what of it is stored anywhere: itself, its master, its moments."""
     found = {id(parameter): [parameter.detach()] for parameter in run.model.parameters()}

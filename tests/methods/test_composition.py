@@ -14,6 +14,7 @@ from loras_bench.build import Build
 from loras_bench.errors import ConfigError
 from loras_bench.evaluation import evaluate
 from loras_bench.methods import METHODS
+from loras_bench.methods.lora import Lora, LoraConfig
 from loras_bench.methods.pruning import Prune
 
 pytestmark = pytest.mark.usefixtures("places")
@@ -101,6 +102,20 @@ def check_a_step(run: Build, kinds: set[str]) -> None:
     assert {pattern.kind for pattern in run.attention.patterns} == {"window" if sparse else "dense"}
     for name, value in evaluate(run.objective, run.data, "test", 4, run.accelerator).items():
         assert value == value, name
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_dora_is_refused_beside_prune(family: str) -> None:
+    """And on what an earlier run pruned: its magnitudes of whole units would be 0 / 0."""
+    assert "no DoRA" in matrix()["prune", "lora"]
+    dora, units = LORA | {"variant": "dora"}, config_of("prune", family) | {"pattern": "structured"}
+    for methods in ([dora, units], [config_of("prune", family), dora]):
+        with pytest.raises(ConfigError, match="`variant: dora`"):
+            built(family, *methods)
+    with pytest.raises(ConfigError, match=r"has outputs without any \(pruned units\)"):
+        Lora(LoraConfig.model_validate(dora)).prepare(built(family, units).model)
+    outline = built(family).model.to("meta")
+    Lora(LoraConfig.model_validate(dora)).resize(outline)  # where there are no weights to look at
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from training_fixtures import LAYERS, WIDTH, Rows, attended, make_loop, task_of, token_ids
+from training_fixtures import LAYERS, WIDTH, Rows, attended, make_loop, task_of, tiny, token_ids
 from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 
+from loras_bench.attention.dense import SdpaBackend
+from loras_bench.attention.dispatch import ModelAttention
 from loras_bench.errors import ConfigError
 from loras_bench.folding.attention import FoldedAttention
 from loras_bench.methods.folding import Fold, FoldConfig
 from loras_bench.methods.lora import Lora, LoraConfig
 from loras_bench.methods.sparse_attention import SparseAttention, SparseAttentionConfig
 from loras_bench.methods.sparse_lora import SparseLora, SparseLoraConfig
+from loras_bench.optimizer import MasterAdamW
 from loras_bench.training import StepPlan
 
 GPT2 = GPT2Config(n_embd=48, n_head=4, n_layer=4, attn_pdrop=0.0)
@@ -116,6 +119,40 @@ def test_batches_are_taken_until_there_are_enough_tokens() -> None:
     assert taken == [0, 1, 2]
 
 
+def test_padding_is_no_token_to_calibrate_on() -> None:
+    """Two rows of 16 places with 20 tokens each: 45 tokens are three of them."""
+    data, taken = rows_of("bert", [16, 4] * 4), []
+
+    def batches() -> Any:
+        for row in range(0, 8, 2):
+            taken.append(row)
+            yield data.collate("train", [row, row + 1])
+
+    method(calibration_tokens=45).observe(batches())
+    assert taken == [0, 2, 4]
+
+
+def test_the_fits_take_any_kernel_and_leave_no_trace_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in float32, for which the run's own kernel need not be there."""
+    model, seen = tiny("gpt2"), set()
+    attention = ModelAttention.install(model, "math")
+    attention._dense.kernels_used["the run's"] = "math"
+    attend = SdpaBackend.attend
+
+    def spy(self: SdpaBackend, *args: Any) -> Any:
+        seen.add(self.kernel)
+        self.kernels_used["a fit's"] = "efficient"
+        return attend(self, *args)
+
+    monkeypatch.setattr(SdpaBackend, "attend", spy)
+    made = method()
+    made.observe([rows_of("gpt2").collate("train", [0, 1])])
+    made.prepare(model)
+    assert seen == {"auto"}
+    found = attention.describe()
+    assert (found["dense_kernel"], found["dense_kernels_used"]) == ("math", ["math"])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "gpt2-classifier", "roberta"])
 @pytest.mark.parametrize("heads", ["per_head", "shared"])
 def test_a_folded_model_trains(family: str, heads: str) -> None:
@@ -139,20 +176,24 @@ def test_folded_rows_have_a_rate_of_their_own_and_never_decay() -> None:
     (group,) = made.parameter_groups(model)
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0.0)
     assert len(group["params"]) == 4 * LAYERS
-    (plain,) = method().parameter_groups(model)
-    assert "lr" not in plain
-    model, made = folded("gpt2", rows_of("gpt2"), **FREE)
+    assert method().parameter_groups(model) == [], "the run's"
+    model, made = folded("gpt2", rows_of("gpt2"), learning_rate=1e-3, **FREE)
     (group,) = made.parameter_groups(model)
     assert len(group["params"]) == 3 * LAYERS  # a dense value matrix decays as any other
+    for groups in ([], [group]):
+        optimizer = MasterAdamW(model, groups, 1e-2, 0.1, (0.9, 0.999), torch.float32)
+        decays = {id(p) for one in optimizer.groups if one.weight_decay for p in one.params}
+        assert not decays & {id(p) for p in group["params"]}
+        assert {id(p) for name, p in model.named_parameters() if "attn.value.weight" in name} <= decays
 
 
 def test_adapters_go_on_what_stays_dense() -> None:
     """Output projections, feed-forward layers, dense value matrices; the folded rows are frozen with the base."""
-    model, made = folded("gpt2", rows_of("gpt2"), initialisation="svd", values="dense")
+    model, _ = folded("gpt2", rows_of("gpt2"), initialisation="svd", values="dense")
     adapted = Lora(LoraConfig(kind="lora", rank=2)).prepare(model)
     names = {name.split(".lora_A")[0].rpartition("base_model.model.")[2] for name, _ in adapted.named_parameters()}
     assert {"transformer.h.0.attn.c_proj", "transformer.h.0.attn.value", "transformer.h.1.mlp.c_fc"} <= names
-    assert made.parameter_groups(adapted) == []
+    assert method(learning_rate=1e-3, **FREE).parameter_groups(adapted) == []
     data = rows_of("gpt2")
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     loss = make_loop(adapted, data, StepPlan(8, 8, 8, 4, 0)).step(0)

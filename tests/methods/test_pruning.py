@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cpu_graphs import cpu_graphs  # noqa: F401
-from pruning_checks import ARMS, FAMILIES, STEPS, assert_zero, built, masks_of, method_of, prune
+from pruning_checks import ARMS, FAMILIES, STEPS, assert_zero, built, kept_units, masks_of, method_of, prune
 from pydantic import ValidationError
 from test_composition import LLAMA
 from torch import Tensor
@@ -145,12 +145,12 @@ def test_unused_embeddings_go_first_and_the_training_loss_stays() -> None:
     unused = 1 - len(used) / rows
     assert 0.1 < unused < 0.95
     run = built("llama", scope=["embeddings"], pattern="structured", end=0, sparsity=unused)
-    kept = method_of(run).kept_units()
+    kept = kept_units(run)
     assert list(kept) == ["model.embed_tokens"] and torch.equal(kept["model.embed_tokens"], used)
     for batch in everything(dense):
         assert torch.equal(run.objective(**batch)[0], dense.objective(**batch)[0])
     one_more = built("llama", scope=["embeddings"], pattern="structured", end=0, sparsity=unused + 1.01 / rows)
-    (left,) = method_of(one_more).kept_units().values()
+    (left,) = kept_units(one_more).values()
     assert len(left) == len(used) - 1 and set(left.tolist()) < set(used.tolist())
 
 
@@ -165,7 +165,7 @@ def test_whole_units_can_be_cut_out(family: str) -> None:
     for step in range(STEPS):
         run.loop.step(step)
     model = run.model.eval()
-    kept = method_of(run).kept_units()
+    kept = kept_units(run)
     assert len(kept) == 2
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     for block in method_of(run).blocks:
@@ -223,6 +223,7 @@ SLICED = {"kind": "sparse_lora", "layers": {"0-1": {"attention": 0.5}}, "tokens"
         ({}, [LORA, SLICED], "`sparse_lora` estimates channels"),
         ({"score": "movement"}, [LORA], "`lora` freezes them"),
         ({}, [LORA | {"train_embeddings": True}], "a copy of the embeddings"),
+        ({}, [LORA | {"variant": "dora"}], "`variant: dora` of `lora` rescales"),
     ],
 )
 def test_conflicts_are_refused_before_any_work(options: dict[str, Any], others: list[Any], words: str) -> None:
@@ -237,3 +238,24 @@ def test_two_of_four_needs_groups_of_four() -> None:
     method = prune(pattern="2:4", scope=["feed_forward"])
     with pytest.raises(ConfigError, match="down_proj has 78 inputs"):
         assemble_run(experiment(data=NOTES, model=odd, methods=[method]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 0.999, "pattern": "structured"}, r"prunes 80 of the 80 units in model.layers.0.mlp.down_proj"),
+        ({"sparsity": 0.001, "pattern": "structured"}, r"prunes 0 of the 80 units"),
+        ({"sparsity": 1e-4}, r"prunes 0 of the 2560 weights that are compared in model.layers.0.mlp.gate_proj"),
+        ({"sparsity": 0.99, "score": "wanda"}, r"prunes 32 of the 32 weights that are compared"),
+    ],
+    ids=str,
+)
+def test_sparsities_that_come_to_nothing_or_all_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        assemble_run(experiment(**FAMILIES["llama"], methods=[prune(scope=["feed_forward"], **options)]))
+
+
+def test_the_least_and_the_most_that_can_be_pruned() -> None:
+    for sparsity, count in ((0.0063, 1), (0.9937, 79)):
+        run = built("llama", scope=["feed_forward"], pattern="structured", end=0, sparsity=sparsity)
+        assert [int(mask.sum()) for mask in masks_of(run)] == [count] * 2

@@ -39,7 +39,7 @@ def test_a_resumed_run_is_the_same_run(arm: str, dtype: str, others: Any, tmp_pa
     assert weights(first) == start
     for step in range(5):
         first.loop.step(step)
-    save_checkpoint(tmp_path, first.state, {"step": 5})
+    save_checkpoint(tmp_path, first.state.tensors(), {"step": 5})
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert {t.dtype for name, t in loaded[1].items() if name.endswith("pruned")} == {torch.uint8}

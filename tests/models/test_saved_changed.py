@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from saved_checks import going_on, logits, run
-from training_fixtures import BERT, GPT2, LLAMA, LORA, MOODS, NOTES, WINDOW, assemble_run, build_run, experiment
+from training_fixtures import BERT, GPT2, LLAMA, LORA, MOODS, NOTES, WINDOW, assemble_run, build_run, experiment, tiny
 
 from loras_bench.errors import ConfigError
 from loras_bench.folding.attention import FoldedAttention
+from loras_bench.methods.lora import Lora, LoraConfig
 from loras_bench.models.low_rank import LowRankLinear
+from loras_bench.models.saved import _pruned_under_adapters
 
 pytestmark = pytest.mark.usefixtures("places")
 
@@ -105,6 +107,53 @@ def test_adapters_on_pruned_layers_are_not_merged(results: Path) -> None:
     assert not [name for name in base if "lora" in name or "base_layer" in name]
     with pytest.raises(ConfigError, match=r"fill the zeros of 4 pruned layers, transformer\.h\.0\.mlp\.c_fc first"):
         going_on(folder)
+
+
+def test_an_adapter_on_the_other_end_of_a_tied_weight_is_not_merged(results: Path) -> None:
+    """The output layer is the pruned embedding under another name."""
+    folder, _ = run("pruned_tied", results, methods=[PRUNE, LORA | {"targets": ["lm_head"]}])
+    with pytest.raises(ConfigError, match=r"fill the zeros of 1 pruned layers, lm_head first"):
+        going_on(folder)
+
+
+def test_zeros_of_a_model_that_was_named_are_not_filled_either(results: Path) -> None:
+    """No record tells of what made them."""
+    pruned, _ = run("pruned_named", results, methods=[PRUNE])
+    later, _ = run("named_lora", results, model={"name": str(pruned / "model")}, methods=[LORA])
+    with pytest.raises(ConfigError, match="fill the zeros of 4 pruned layers"):
+        going_on(later)
+
+
+@pytest.mark.parametrize(("share", "pruned"), [(0.04, 0), (0.06, 8)])
+def test_a_few_zeros_are_no_pruning(share: float, pruned: int) -> None:
+    """As quantisation leaves them."""
+    model = tiny("gpt2")
+    for weight in model.parameters():
+        weight.data.flatten()[: round(share * weight.numel())] = 0
+    adapted = Lora(LoraConfig(kind="lora")).prepare(model)
+    assert len(_pruned_under_adapters(adapted)) == pruned
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folded_model_is_read_by_the_name_of_its_folder(family: str, results: Path) -> None:
+    """With its tokenizer."""
+    sections = FAMILIES[family] | {"methods": [FOLD]}
+    folder, _ = run(f"folded_{family}", results, **sections)
+    named = assemble_run(experiment("named", data=FAMILIES[family]["data"], model={"name": str(folder / "model")}))
+    assert len([module for module in named.model.modules() if isinstance(module, FoldedAttention)]) == 2
+    expected = going_on(folder, data=FAMILIES[family]["data"])
+    torch.testing.assert_close(logits(named.model), logits(expected.model), rtol=0, atol=0)
+    assert named.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+
+
+def test_folded_rows_never_decay_in_later_runs_either(results: Path) -> None:
+    """Without `fold` in their methods."""
+    folder, _ = run("folded_to_go_on", results, methods=[FOLD])
+    went_on = build_run(experiment("next", model={"run": str(folder)}, training={"weight_decay": 0.1}))
+    decay = {id(p): group.weight_decay for group in went_on.optimizer.groups for p in group.params}
+    found = {name: decay[id(p)] for name, p in went_on.model.named_parameters() if ".h.0.attn." in name}
+    rows = ("query", "query_bias", "key", "value_scale", "c_proj.bias")
+    assert found == {f"transformer.h.0.attn.{name}": 0.0 for name in rows} | {"transformer.h.0.attn.c_proj.weight": 0.1}
 
 
 def test_adapters_elsewhere_are_merged_and_the_zeros_stay(results: Path) -> None:
