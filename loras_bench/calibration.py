@@ -6,7 +6,7 @@ Everything is as in training (micro-batches, which tokens are context, how chann
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,7 @@ from loras_bench.answers import Predictions, documents_of, output_layer, predict
 from loras_bench.build import Build
 from loras_bench.data import IGNORED, TaskData
 from loras_bench.data.batches import real_tokens
-from loras_bench.errors import ConfigError
-from loras_bench.kernels.cross_entropy import CHUNK_TOKENS
+from loras_bench.errors import ConfigError, UserError
 from loras_bench.methods.sparse_lora import SparseLora
 from loras_bench.models.objective import unwrapped
 from loras_bench.models.saved import ADAPTER
@@ -32,6 +31,9 @@ from loras_bench.sparsity.criteria import DENSE, LayerSparsity
 
 if TYPE_CHECKING:
     from loras_bench.graphed import Batch
+
+COMPARED_TOKENS = 512
+"""Label tokens whose logits, of two models and in several copies, are held at once."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def calibration_set(data: TaskData, method: SparseLora, rows: int, micro_rows: i
     """
     if data.task == "classification":
         raise ConfigError(
-            "sensitivity reads the loss of tokens, and a classifier's labels are not tokens'",
+            "sensitivity reads the predictions of tokens, and a classifier's labels are not tokens'",
             "take instruction data, such as sst2-prompted",
         )
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +113,7 @@ class Calibration:
 
     @cached_property
     def _dense(self) -> list[Predictions]:
-        return self._predictions([DENSE] * len(self._method.sparsity.schedule))
+        return list(self._predictions([DENSE] * len(self._method.sparsity.schedule)))
 
     @cached_property
     def _dense_r(self) -> np.ndarray:
@@ -123,33 +125,34 @@ class Calibration:
         return float(self._dense_r.sum() / self._rows.labels_r.sum())
 
     def reading(self, layers: Sequence[LayerSparsity]) -> Reading:
-        """What a schedule does to the predictions of label tokens, and to their loss."""
+        """What a schedule does to the predictions of label tokens, and to their loss.
+
+        Raises:
+            UserError: The predictions are no numbers.
+        """
+        dense_r, labels_r = self._dense_r, self._rows.labels_r
         losses_r, divergences_r = self._compared(self._predictions(layers))
-        labels_r = self._rows.labels_r
         divergence = float(divergences_r.sum() / labels_r.sum())
-        return Reading(divergence=max(0.0, divergence), **rise(self._dense_r, losses_r, labels_r)._asdict())
+        if not math.isfinite(divergence):
+            raise UserError("the model's predictions are no numbers", "look at the loss of its dense training")
+        return Reading(divergence=max(0.0, divergence), **rise(dense_r, losses_r, labels_r)._asdict())
 
-    def losses(self, layers: Sequence[LayerSparsity]) -> np.ndarray:
-        """The summed loss of the label tokens of each row under a schedule, float64 (rows,), in nats."""
-        return self._compared(self._predictions(layers))[0]
-
-    def _predictions(self, layers: Sequence[LayerSparsity]) -> list[Predictions]:
+    def _predictions(self, layers: Sequence[LayerSparsity]) -> Iterator[Predictions]:
+        """Of one batch after the other."""
         self._method.sparsity.schedule[:] = layers
         remove: Callable[[], None] = slice_modules(self._base, self._method.sparsity) if self._sliced else lambda: None
-        device = self._run.accelerator.device
-        found = [predict(self._model, batch, device) for batch in self._rows.batches]
+        for batch in self._rows.batches:
+            yield predict(self._model, batch, self._run.accelerator.device)
         remove()
-        return found
 
     @torch.no_grad()
-    def _compared(self, found: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray]:
+    def _compared(self, found: Iterable[Predictions]) -> tuple[np.ndarray, np.ndarray]:
         """Sums over the label tokens of each row, float64 (rows,): loss, and divergence from the dense predictions."""
         logits, sums = output_layer(self._model), []
-        for one, dense in zip(found, self._dense, strict=True):
-            parts = zip(*(x.split(CHUNK_TOKENS) for x in (one.hidden_nd, dense.hidden_nd, one.targets_n)), strict=True)
-            values = [
-                _loss_and_divergence(logits(x_nd), logits(dense_nd), targets_n) for x_nd, dense_nd, targets_n in parts
-            ]
+        for dense, one in zip(self._dense, found, strict=True):
+            columns = one.hidden_nd, dense.hidden_nd, one.targets_n
+            parts = zip(*(column.split(COMPARED_TOKENS) for column in columns), strict=True)
+            values = [_loss_and_divergence(logits(x_nd), logits(y_nd), targets_n) for x_nd, y_nd, targets_n in parts]
             sums.append(torch.stack([one.sums(torch.cat(column)) for column in zip(*values, strict=True)]))
         losses_r, divergences_r = torch.cat(sums, dim=1).double().cpu().numpy()
         return losses_r, divergences_r

@@ -187,7 +187,7 @@ def sensitivity(
     ] = 0.6,
     feed_forward: Annotated[str, typer.Option(help="Sparsities to try for feed-forward layers.")] = "0.5,0.75,0.9,0.99",
     attention: Annotated[str, typer.Option(help="Sparsities to try for attention.")] = "0.25,0.5,0.75",
-    rows: Annotated[int, typer.Option(min=2, help="Training rows whose loss is read.")] = 256,
+    rows: Annotated[int, typer.Option(min=2, help="Training rows that are read.")] = 256,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps of the dense training. Default: the config's budget.")
     ] = None,

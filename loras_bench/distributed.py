@@ -27,9 +27,8 @@ def join(device: str) -> Any:
 
 def agreed(value: T) -> T:
     """The value that rank 0 passes, on every rank, once all have asked; alone, the value itself."""
-    if (
-        not dist.is_initialized() or dist.get_world_size() == 1
-    ):  # one process may have a group without gloo, from torchrun
+    # one process may have a group without gloo: torchrun asks for one, and accelerate makes it
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))

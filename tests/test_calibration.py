@@ -118,7 +118,6 @@ def test_a_measurement_is_a_direct_evaluation(implementation: str, packing: str)
         assert got.increase == pytest.approx((expected[number] - expected[3]) / labels, abs=2e-5)
         assert abs(got.increase) > 1e-3 and got.error > 0 and got.divergence > 1e-4
     assert calibration.reading([DENSE] * 3).divergence == 0
-    assert calibration.losses([DENSE] * 3).sum() == pytest.approx(expected[3], rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", ["padded", "packed"])
@@ -148,7 +147,7 @@ def test_blocks_of_text_are_context_throughout() -> None:
 
 def test_classes_are_refused() -> None:
     method = SparseLora(SparseLoraConfig.model_validate(ALL | {"tokens": "all"}))
-    with pytest.raises(ConfigError, match="loss of tokens"):
+    with pytest.raises(ConfigError, match="predictions of tokens"):
         calibration_set(Rows(token_ids(4, 16), labels=[0, 1, 2, 0]), method, 4, 2, 0)
 
 

@@ -19,6 +19,8 @@ from loras_bench.runner import Workers
 from loras_bench.sensitivity import dense_experiment, method_of, shortened
 from loras_bench.training import plan_steps
 
+ROOT = Path(__file__).parents[1]
+
 LAYERS = 2
 LLAMA = {
     "init": "scratch",
@@ -143,6 +145,27 @@ def test_the_choice_is_what_was_measured(out: Path) -> None:
     assert all(one.divergence > 0 and one.increase and one.error > 0 for one in found.measurements if one not in last)
 
 
+def test_what_rounding_makes_counts_as_nothing(out: Path) -> None:
+    """The last layer's feed-forward part is read by no label: what is measured there is the floor of all others."""
+    found = search_of(out)
+    assert found.floor == 0, "on a CPU"
+    last = [one for one in found.measurements if (one.layer, one.part) == (LAYERS - 1, "feed_forward")]
+    others = [one for one in found.measurements if one not in last]
+    raised = [one.model_copy(update={"divergence": 1e-5 * (1 + number)}) for number, one in enumerate(last)]
+    rough = found.model_copy(update={"measurements": [*raised, *others]})
+    assert rough.floor == 1e-5 * len(last)
+    assert [rough.above_floor(one) for one in raised] == [0.0] * len(last)
+    assert [rough.above_floor(one) for one in others] == [max(0, one.divergence - rough.floor) for one in others]
+    every = rough.model_copy(update={"sparse_lora": rough.sparse_lora | {"tokens": "all"}})
+    assert every.floor == 0, "with `tokens: all` labels read it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "sparse_lora" / "search").glob("*.json")))
+def test_committed_searches_can_be_read(path: Path) -> None:
+    found = read_sensitivity(path)
+    assert found is not None and found.choice is not None and found.choice.joint.divergence < 0.01
+
+
 def test_the_found_experiment_runs(out: Path, invoke: Callable[..., Any], tmp_path: Path) -> None:
     words = ("run", out / "tiny.sensitivity.yaml", "--results", tmp_path / "results", "--device", "cpu", "--dry-run")
     called = invoke(*words)
@@ -192,7 +215,7 @@ def test_another_search_is_not_replaced(out: Path, config: Callable[..., Path], 
     called = invoke(*words)
     assert called.status == 2 and "holds another search" in called.err
     (out / "tiny.sensitivity.json").write_text("{")
-    assert "holds another search" in invoke(*words).err
+    assert "cannot be read" in invoke(*words).err
     (out / "tiny.sensitivity.json").write_text(before)
 
 

@@ -209,7 +209,8 @@ class Search:
         earlier = read_sensitivity(file)
         same = earlier is not None and earlier.request == identity
         if file.exists() and not same and not force:
-            raise UserError(f"{file} holds another search", "--force replaces it, or give another --out")
+            what = "holds another search" if earlier else "cannot be read: it is damaged, or of another version"
+            raise UserError(f"{file} {what}", "--force replaces it, or give another --out")
         sparse = method_of(everything, SparseLoraConfig)
         assert sparse is not None
         found = Sensitivity(
@@ -280,7 +281,7 @@ class Search:
         divergences: dict[tuple[int, str], dict[float, float]] = {}
         for (layer, part, share), one in found.known().items():
             if share in self.grid[part]:
-                divergences.setdefault((layer, part), {})[share] = one.divergence
+                divergences.setdefault((layer, part), {})[share] = found.above_floor(one)
         chosen = choose(cost, divergences, flops)
         self._say("measuring the schedule")
         joint = schedule_of(chosen, cost, calibration)

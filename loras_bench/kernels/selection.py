@@ -8,8 +8,7 @@ tells each where it goes; the few that stay are then looked up in a table of wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,8 @@ LOOKED_UP = tl.constexpr(512)
 """Places at once whose numbers are read from the tables."""
 
 
-def select(scores: Sequence[Tensor], counts: Sequence[int], tables: Sequence[Tensor]) -> Tensor:
+@torch.library.custom_op("loras_bench::select", mutates_args=())
+def select(scores: list[Tensor], counts: list[int], tables: list[Tensor]) -> Tensor:
     """Of each list of scores `table[:, places of the highest scores in ascending order]`, one after the other, flat.
 
     Args:
@@ -39,6 +39,11 @@ def select(scores: Sequence[Tensor], counts: Sequence[int], tables: Sequence[Ten
         num_warps=max(4, min(32, 2 ** max(bits) // 512)), num_stages=1,
     )  # fmt: skip
     return chosen
+
+
+@select.register_fake
+def _(scores: list[Tensor], counts: list[int], tables: list[Tensor]) -> Tensor:
+    return tables[0].new_empty(sum(len(table_bn) * count for table_bn, count in zip(tables, counts, strict=True)))
 
 
 @triton.jit(do_not_specialize=["first_count", "first_rows", "last_count", "last_rows"])  # type: ignore[untyped-decorator]

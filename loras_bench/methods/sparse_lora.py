@@ -159,26 +159,32 @@ class SparseLora(Method[SparseLoraConfig]):
         from loras_bench.sparsity.scoring import Estimates, OutputNorms, RandomScores, TrueOutputs
 
         sparse = [layer for layer, shares in enumerate(schedule) if any(shares)]
-        channels = heads.key * heads.size
-        sizes = (base.config.intermediate_size, channels // 2, channels)
+        gate_up, qkv = ("mlp.gate", "mlp.up"), ("self_attn.q", "self_attn.k", "self_attn.v")
         if self.config.criterion == "random":
+            channels = heads.key * heads.size
+            sizes = (base.config.intermediate_size, channels // 2, channels)
             self._scores = RandomScores(dict.fromkeys(sparse, sizes), lambda: next(base.parameters()).device)
             return self._scores
-        estimators = load_estimators(base, self.config.rank, sparse) if self.config.criterion == "svd" else {}
+        if self.config.criterion == "svd":
+            factors = load_estimators(base, self.config.rank, sparse)
 
-        def outputs(layer: int, *places: str) -> Estimates | TrueOutputs:
-            names = [f"layers.{layer}.{place}_proj" for place in places]
-            if estimators:
-                return Estimates([estimators[name] for name in names])
-            modules = [base.get_submodule(name) for name in names]
-            return TrueOutputs([getattr(module, "base_layer", module) for module in modules])
+            def estimates(*places: str) -> dict[int, Estimates]:
+                names = {layer: [f"layers.{layer}.{place}_proj" for place in places] for layer in sparse}
+                return {layer: Estimates([factors[name] for name in names[layer]]) for layer in sparse}
 
-        gate_up = {layer: outputs(layer, "mlp.gate", "mlp.up") for layer in sparse}
-        qkv = {layer: outputs(layer, "self_attn.q", "self_attn.k", "self_attn.v") for layer in sparse}
+            return OutputNorms(estimates(*gate_up), estimates(*qkv), heads, self.config.mean_token)
+
+        def true_outputs(*places: str) -> dict[int, TrueOutputs]:
+            found = {}
+            for layer in sparse:
+                modules = [base.get_submodule(f"layers.{layer}.{place}_proj") for place in places]
+                found[layer] = TrueOutputs([getattr(module, "base_layer", module) for module in modules])
+            return found
+
         if self.config.criterion == "measured":
-            self._measured = MeasuredNorms(OutputNorms(gate_up, qkv, heads, mean_token=False), sparse, sizes)
+            self._measured = MeasuredNorms(true_outputs(*gate_up), true_outputs(*qkv), heads)
             return self._measured
-        return OutputNorms(gate_up, qkv, heads, self.config.mean_token)
+        return OutputNorms(true_outputs(*gate_up), true_outputs(*qkv), heads, self.config.mean_token)
 
     def start(self, objective: nn.Module, optimizer: MasterAdamW, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Measure outputs where the criterion asks for it: adapters are still zero, so they are the base's."""
@@ -189,8 +195,7 @@ class SparseLora(Method[SparseLoraConfig]):
         model: Any = objective
         training = objective.training
         objective.eval()  # every token is dense
-        base = unwrapped(model.model).base_model
-        self._measured.measure(base, lambda batch: objective(**batch), batches, self.config.calibration_tokens)
+        self._measured.measure(unwrapped(model.model).base_model, batches, self.config.calibration_tokens)
         objective.train(training)
 
     def plan(self, steps: int) -> None:

@@ -18,7 +18,7 @@ BUDGETS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Reading(_Entry):
@@ -57,10 +57,10 @@ class Choice(Schedule):
 
     flops_budget: float
     predicted: float
-    """Sum of the divergences that were measured one part at a time."""
+    """Sum of the divergences that were measured one part at a time, above the floor."""
     uniform: Schedule
     """The best with one sparsity of each part in all layers, at no more FLOPs than the choice."""
-    frontier: dict[str, float]
+    frontier: dict[str, float] = {}
     """What `predicted` would be at other budgets, by share of FLOPs: those of `BUDGETS` that can be reached."""
 
 
@@ -98,6 +98,20 @@ class Sensitivity(BaseModel):
     def known(self) -> dict[tuple[int, str, float], Measurement]:
         """Measurements by layer, part and sparsity."""
         return {(one.layer, one.part, one.sparsity): one for one in self.measurements}
+
+    @property
+    def floor(self) -> float:
+        """Divergence that rounding alone makes: what context tokens become in the last layer is read by no label, so a
+        sparse feed-forward part there, which computes the same in another order, measures it.
+        """
+        if self.sparse_lora["tokens"] != "context":
+            return 0.0
+        last = (self.layer_count - 1, "feed_forward")
+        return max((one.divergence for one in self.measurements if (one.layer, one.part) == last), default=0.0)
+
+    def above_floor(self, one: Measurement) -> float:
+        """The divergence as the choice takes it."""
+        return max(0.0, one.divergence - self.floor)
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""

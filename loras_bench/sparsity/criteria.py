@@ -60,7 +60,8 @@ def select(scores: Sequence[Tensor], counts: Sequence[int], tables: Sequence[Ten
     if has_kernels(scores[0].device.type) and max(map(len, scores)) <= LARGEST_SELECTION:
         from loras_bench.kernels.selection import select as launch
 
-        return launch(scores, counts, tables)
+        chosen: Tensor = launch(list(scores), list(counts), list(tables))
+        return chosen
     triples = zip(scores, counts, tables, strict=True)
     return torch.cat([table_bn.index_select(1, top(one, count)).flatten() for one, count, table_bn in triples])
 

@@ -7,7 +7,7 @@ all, and nothing is estimated in a step. This criterion is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,83 +16,99 @@ from torch import Tensor, nn
 
 from loras_bench.data.batches import real_tokens
 from loras_bench.graphed import to_device
-from loras_bench.sparsity.scoring import OutputNorms, ScoredTokens
+from loras_bench.sparsity.criteria import Heads, feed_forward_scores, query_key_scores
+from loras_bench.sparsity.scoring import ScoredTokens, TrueOutputs
 
-SCORES = ("hidden", "pairs", "values")
+NO_INPUT = ("targets", "label_rows")
 
 
 class MeasuredNorms:
     """Scores of channels that stay what `measure` found.
 
     Args:
-        true: Scores by true outputs, all real tokens.
-        layers: Those whose channels are asked for.
-        sizes: Numbers of hidden channels, rotary pairs and value channels of a layer.
+        gate_up: By layer, the projections of its feed-forward part.
+        qkv: By layer, those of its attention.
+        heads: How attention's channels are numbered.
     """
 
-    def __init__(self, true: OutputNorms, layers: Iterable[int], sizes: tuple[int, int, int]) -> None:
-        self._true, self._layers = true, list(layers)
-        self._sizes = dict(zip(SCORES, sizes, strict=True))
-        self._squares: dict[str, Tensor] = {}
+    def __init__(self, gate_up: Mapping[int, TrueOutputs], qkv: Mapping[int, TrueOutputs], heads: Heads) -> None:
+        self._gate_up, self._qkv, self._heads = gate_up, qkv, heads
+        self._scores: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def measure(self, base: Any, run: Callable[[Mapping[str, Tensor]], Any], batches: Iterable[Mapping[str, Tensor]],
-                tokens: int) -> None:  # fmt: skip
+    def measure(self, base: Any, batches: Iterable[Mapping[str, Tensor]], tokens: int) -> None:
         """Read batches until there are enough tokens.
 
         Args:
             base: A Llama-like base model on its device, with transformers' forward pass.
-            run: A forward pass of a batch on that device.
             batches: On the CPU.
             tokens: Real ones.
         """
-        self._squares, real = {}, dict[str, Tensor | None]()
+        squares: dict[str, Tensor] = {}
+        real: dict[str, Tensor | None] = {}
         hooks = [
-            module.register_forward_pre_hook(partial(self._read, layer, part, real))
-            for layer in self._layers
+            module.register_forward_pre_hook(partial(self._read, layer, part, real, squares))
+            for layer in self._gate_up
             for part, module in _readers(base.layers[layer])
         ]
         read, device = 0, next(base.parameters()).device
         for batch in batches:
             real_bs = real_tokens(batch)
             real["t"] = None if real_bs.all() else real_bs.flatten().to(device)
-            run(to_device(dict(batch), device))
+            inputs = {name: tensor for name, tensor in batch.items() if name not in NO_INPUT}
+            base(**to_device(inputs, device), use_cache=False)
             read += int(real_bs.sum())
             if read >= tokens:
                 break
         for hook in hooks:
             hook.remove()
+        for layer in self._gate_up:
+            q_1n, k_1c, v_1c = (squares[f"{layer}.{name}"].sqrt()[None] for name in "qkv")
+            self._scores[f"{layer}.pairs"] = query_key_scores(q_1n, k_1c, self._heads)
+            self._scores[f"{layer}.values"] = v_1c[0]
+            self._scores[f"{layer}.hidden"] = squares[f"{layer}.hidden"].sqrt()
 
-    def _read(self, layer: int, part: str, real: Mapping[str, Any], module: nn.Module, inputs: tuple[Tensor]) -> None:
-        tokens = ScoredTokens(real["t"], inputs[0].new_empty(0))
-        x_td = inputs[0].flatten(0, 1)
+    def _read(
+        self, layer: int, part: str, real: Mapping[str, Any], squares: dict[str, Tensor], module: nn.Module, x: Any
+    ) -> None:
+        """Add the squares of what the projections make of a batch."""
+        x_td, real_t = x[0].flatten(0, 1), real["t"]
         if part == "attention":
-            pairs_p, values_c = self._true.attention(layer, x_td, tokens)
-            found = {"pairs": pairs_p, "values": values_c}
+            norms = dict(zip("qkv", (one[0] for one in self._qkv[layer].norms(x_td, real_t)), strict=True))
         else:
-            found = {"hidden": self._true.feed_forward(layer, x_td, tokens)}
-        for name, scores_c in found.items():
-            self._squares[f"{layer}.{name}"] = self._scores(layer, name, scores_c) + scores_c.square()
+            gate_tf, up_tf = self._gate_up[layer](x_td)
+            norms = {"hidden": feed_forward_scores(gate_tf, up_tf, real_t)}
+        for name, norm_c in norms.items():
+            key = f"{layer}.{name}"
+            squares[key] = norm_c.square() + squares[key] if key in squares else norm_c.square()
 
     def feed_forward(self, layer: int, x_td: Tensor, tokens: ScoredTokens) -> Tensor:
-        return self._scores(layer, "hidden", x_td)
+        return self._found(f"{layer}.hidden", x_td, self._gate_up[layer].width)
 
     def attention(self, layer: int, x_td: Tensor, tokens: ScoredTokens) -> tuple[Tensor, Tensor]:
-        return self._scores(layer, "pairs", x_td), self._scores(layer, "values", x_td)
+        channels = self._heads.key * self._heads.size
+        return self._found(f"{layer}.pairs", x_td, channels // 2), self._found(f"{layer}.values", x_td, channels)
 
-    def _scores(self, layer: int, name: str, like: Tensor) -> Tensor:
-        """What was measured, or nothing: a dry run counts channels without a look at data."""
-        found = self._squares.get(f"{layer}.{name}")
-        return torch.zeros(self._sizes[name], device=like.device) if found is None else found
+    def _found(self, name: str, x_td: Tensor, count: int) -> Tensor:
+        """What was measured; where only operations are counted, on the meta device, any scores will do.
+
+        Raises:
+            RuntimeError: Nothing was.
+        """
+        if x_td.device.type == "meta":
+            return x_td.new_empty(count, dtype=torch.float32)
+        if name not in self._scores:
+            raise RuntimeError("criterion `measured`: `measure` comes before the first step")
+        return self._scores[name]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The scores, by layer and part."""
-        return dict(self._squares)
+        """The scores, by layer and kind of channel."""
+        return dict(self._scores)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put scores where those are that were measured: captured steps read them there."""
-        for name, squares_c in self._squares.items():
-            squares_c.copy_(state[name])
+        for name, score_c in self._scores.items():
+            score_c.copy_(state[name])
 
 
 def _readers(layer: Any) -> list[tuple[str, nn.Module]]:

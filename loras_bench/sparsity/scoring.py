@@ -112,6 +112,11 @@ class TrueOutputs:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = layers
 
+    @property
+    def width(self) -> int:
+        """Outputs of the first layer."""
+        return self._layers[0].out_features
+
     def __call__(self, x_td: Tensor) -> Sequence[Tensor]:
         return [F.linear(x_td, layer.weight, layer.bias) for layer in self._layers]
 

@@ -21,7 +21,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [(1, 1), (2, 1), (7, 3), (16, 16), (33, 32), (100, 1), (100, 25), (257, 128)]
 REAL = [(14336, 143), (11008, 1100), (512, 128), (1024, 256), (20000, 19999), (LARGEST_SELECTION, 655)]
 """Scores and how many are taken: layers of Llama-3-8B and Llama-2-7B among them."""
-over_sizes = pytest.mark.parametrize(("size", "count"), [*SMALL, *(pytest.param(*one, marks=GPU) for one in REAL)])
+over_sizes = pytest.mark.parametrize(
+    ("size", "count"), [*SMALL, *(pytest.param(*one, marks=GPU) for one in [*SMALL, *REAL])]
+)
 
 
 def places(size: int) -> Tensor:

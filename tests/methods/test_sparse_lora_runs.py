@@ -18,7 +18,7 @@ from loras_bench.checkpoint import TrainingState, load_checkpoint, save_checkpoi
 from loras_bench.counting import count_training
 from loras_bench.data import IGNORED
 from loras_bench.evaluation import evaluate
-from loras_bench.graphed import shapes_of
+from loras_bench.graphed import Graphs, shapes_of
 from loras_bench.metering.flops import MatmulCounter
 from loras_bench.methods import sparse_lora
 from loras_bench.methods.sparse_lora import SparseLora
@@ -199,8 +199,6 @@ def run_of(*methods: dict[str, Any], steps: int = 3) -> Any:
 
 @pytest.mark.usefixtures("cpu_graphs")
 def test_warm_up_records_both_regimes() -> None:
-    from loras_bench.graphed import Graphs
-
     run = run_of(SPARSE | {"tokens": "all", "start": 0.3}, steps=4)
     run.loop.graphs = Graphs(run.loop.device)
     warm_up(run, lambda phase: None)
@@ -213,6 +211,25 @@ def test_warm_up_records_both_regimes() -> None:
     run.loop.step = lambda number: stepped.append(number) or step(number)
     steady_steps(run, 0.2, lambda phase: None)
     assert set(stepped) == {2, 3}, "what the steps of a long run are"
+
+
+@pytest.mark.usefixtures("cpu_graphs")
+def test_a_run_measures_its_channels_and_goes_on_with_them(tmp_path: Path) -> None:
+    """Built, captured, and taken up from a checkpoint by a run that measured something else."""
+    settings = SPARSE | {"tokens": "all", "start": 0.3, "criterion": "measured"}
+    first, other, eager = (run_of(settings | {"calibration_tokens": count}, steps=4) for count in (64, 512, 64))
+    (measured,) = (method.state_dict() for method in first.methods if isinstance(method, SparseLora))
+    assert len(measured) == 6 and all(bool((score_c > 0).all()) for score_c in measured.values())
+    for run in (first, other):
+        run.loop.graphs = Graphs(run.loop.device)
+        warm_up(run, lambda phase: None)
+    expected = [eager.loop.step(step) for step in range(4)]
+    begun = [first.loop.step(step) for step in range(2)]
+    save_checkpoint(tmp_path, first.state, {"step": 2})
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    other.state.restore(loaded[1])
+    assert [*begun, *(other.loop.step(step) for step in (2, 3))] == expected
 
 
 def test_the_flops_of_a_run_are_those_of_its_regimes() -> None:

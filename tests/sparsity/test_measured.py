@@ -26,39 +26,40 @@ def started(*batches: dict[str, Tensor], **fields: Any) -> tuple[SparseLora, nn.
 
 
 def scores_of(one: SparseLora) -> dict[str, Tensor]:
-    return {name: squares.sqrt() for name, squares in one.state_dict().items()}
+    return one.state_dict()
 
 
-def true_scores(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From the outputs of the frozen layers, which hooks read in a dense forward pass."""
+def true_scores(model: nn.Module, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The criteria over all real tokens of some batches, from outputs of the frozen layers in dense forward passes."""
     base: Any = unwrapped(model).base_model
-    layer, outputs = base.layers[0], {}
-    real_t = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten()
+    outputs: dict[str, list[Tensor]] = {name: [] for name in ("q", "k", "v", "gate", "up")}
     hooks = [
-        module.base_layer.register_forward_hook(lambda _, x, y, name=name: outputs.update({name: y.flatten(0, 1)}))
-        for name in ("q", "k", "v", "gate", "up")
-        for module in [layer.get_submodule(f"{'self_attn' if name in 'qkv' else 'mlp'}.{name}_proj")]
+        module.base_layer.register_forward_hook(lambda _, x, y, name=name: outputs[name].append(y.flatten(0, 1)))
+        for name in outputs
+        for module in [base.layers[0].get_submodule(f"{'self_attn' if name in 'qkv' else 'mlp'}.{name}_proj")]
     ]
     with torch.no_grad():
-        Objective(model.eval(), "language_modeling", "torch")(**batch)
+        for batch in batches:
+            Objective(model.eval(), "language_modeling", "torch")(**batch)
     for hook in hooks:
         hook.remove()
     model.train()
-    heads = base.model_sparsity.heads
+    real_t = torch.cat([batch.get("attention_mask", torch.ones(2, 16)).bool().flatten() for batch in batches])
+    q, k, v, gate, up = (torch.cat(found) for found in outputs.values())
     return {
-        "0.hidden": feed_forward_scores(outputs["gate"], outputs["up"], real_t),
-        "0.pairs": query_key_scores(outputs["q"], outputs["k"], heads, real_t),
-        "0.values": value_scores(outputs["v"], real_t),
+        "0.hidden": feed_forward_scores(gate, up, real_t),
+        "0.pairs": query_key_scores(q, k, base.model_sparsity.heads, real_t),
+        "0.values": value_scores(v, real_t),
     }
 
 
 def test_scores_are_norms_over_the_real_tokens_of_all_batches() -> None:
     batches = [batch_of(lengths=(16, 12)), batch_of(lengths=(7, 16))]
     one, model = started(*batches)
-    found, each = scores_of(one), [true_scores(model, batch) for batch in batches]
-    assert set(found) == set(each[0])
+    found, expected = scores_of(one), true_scores(model, *batches)
+    assert set(found) == set(expected)
     for name, score_c in found.items():
-        torch.testing.assert_close(score_c, (each[0][name].square() + each[1][name].square()).sqrt())
+        torch.testing.assert_close(score_c, expected[name])
 
 
 def test_reading_ends_with_enough_tokens_and_leaves_no_hook() -> None:
@@ -91,12 +92,20 @@ def test_a_resumed_run_goes_on_with_the_scores_of_the_first_in_their_place() -> 
     assert all(torch.equal(squares, first.state_dict()[name]) for name, squares in second.state_dict().items())
 
 
-def test_without_data_there_are_channels_to_count() -> None:
+def test_nothing_is_chosen_before_something_was_measured() -> None:
     one, model = method(**FIELDS), adapted(num_key_value_heads=2)
     one.prepare(model)
     one.before_step(5)
-    with watched(model) as (attention, feed_forward):
+    with pytest.raises(RuntimeError, match="comes before the first step"):
         outcome(model, with_tensors(one, batch_of()))
-    assert len(set(feed_forward[0].tolist())) == unwrapped(model).config.intermediate_size // 2
-    assert len(attention[0][2]) == 8
+    one.load_state_dict({})
     assert one.state_dict() == {}
+
+
+def test_on_the_meta_device_there_are_channels_to_count() -> None:
+    one, model = method(**FIELDS), adapted(num_key_value_heads=2)
+    one.prepare(model)
+    sparsity, x_td = unwrapped(model).base_model.model_sparsity, torch.empty(8, 32, device="meta")
+    tokens = sparsity.criterion.feed_forward(0, x_td, None)
+    assert tokens.shape == (unwrapped(model).config.intermediate_size,)
+    assert [score_c.shape[0] for score_c in sparsity.criterion.attention(0, x_td, None)] == [8, 16]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper_schedules import LLAMA3_8B, SETTINGS
 
 from loras_bench.errors import UserError
+from loras_bench.methods.lora import LoraConfig
+from loras_bench.methods.sparse_lora import SparseLoraConfig
 from loras_bench.sparsity.criteria import DENSE, Heads, LayerSparsity
 from loras_bench.sparsity.flops import ATTENTION, Shape, step_flops
 from loras_bench.sparsity.sensitivity import (
     PARTS,
     Option,
     StepCost,
+    adapted,
+    by_range,
     check_budget,
     choose,
     least_divergence,
@@ -121,3 +127,46 @@ def test_what_is_free_is_taken_beyond_the_budget() -> None:
     chosen = choose(COST, divergences, 0.99)
     assert chosen[0] == LayerSparsity(max(GRID["feed_forward"]), max(GRID["attention"]))
     assert chosen[1] == LayerSparsity()
+
+
+def test_a_large_model_is_chosen_exactly_too() -> None:
+    """Llama-3-8B in the paper's setting: parts that hurt more the earlier they are."""
+    cost = StepCost(LLAMA3_8B, 32, 384, 128, 32, ATTENTION)
+    grid = {"feed_forward": [0.5, 0.75, 0.9, 0.99], "attention": [0.25, 0.5, 0.75]}
+    measured = {
+        (layer, part): {share: share**3 / (1 + layer) for share in grid[part]} for layer in range(32) for part in PARTS
+    }
+    chosen = choose(cost, measured, 0.6)
+    assert 0.599 < cost.ratio(chosen) <= 0.6
+    assert predicted(chosen, measured) < predicted([LayerSparsity(0.75, 0.75)] * 32, measured)
+    assert chosen[31].feed_forward > chosen[0].feed_forward
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ranges_name_the_schedule(name: str) -> None:
+    config = SparseLoraConfig.model_validate({"kind": "sparse_lora", "layers": SETTINGS[name].layers})
+    schedule = config.schedule(SETTINGS[name].layer_count)
+    again = SparseLoraConfig.model_validate({"kind": "sparse_lora", "layers": by_range(schedule)})
+    assert again.schedule(len(schedule)) == schedule
+
+
+def test_ranges_by_hand() -> None:
+    schedule = [LayerSparsity(0.5, 0.25), LayerSparsity(0.5, 0.25), LayerSparsity(0.5), DENSE, LayerSparsity(0.9, 0.5)]
+    assert by_range(schedule) == {
+        "0-2": {"feed_forward": 0.5},
+        "4": {"feed_forward": 0.9, "attention": 0.5},
+        "0-1": {"attention": 0.25},
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("attention", ["q", "k", "v", "o"]),
+        ("feed-forward", ["gate", "up", "down"]),
+        ("all-linear", ["q", "k", "v", "o", "gate", "up", "down"]),
+        (("q_proj", "self_attn.v_proj", "up_proj"), ["q", "v", "up"]),
+    ],
+)
+def test_adapted_projections(targets: Any, names: list[str]) -> None:
+    assert adapted(LoraConfig(kind="lora", targets=targets), TINY) == names
