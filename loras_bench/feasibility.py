@@ -6,7 +6,7 @@ The models are made on the meta device from their configurations, so that a larg
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ def check_experiments(experiments: Sequence[Experiment], device: Device) -> None
 def _check(experiment: Experiment, device: torch.device) -> None:
     known = DATASETS.get(experiment.data.name)
     task = known.task if known else experiment.data.task or "language_modeling"
-    with torch.device("meta"):
-        with _named(experiment):
-            model = _outline(experiment.model, task)
-        methods = build_methods(experiment, model.config)
-        with _named(experiment):
-            ModelAttention.install(model, experiment.model.dense_attention, device)
-            for method in methods:
+    with _named(experiment):
+        model = _outline(experiment.model, task)
+    methods = build_methods(experiment, model.config)
+    with _named(experiment), torch.device("meta"):
+        ModelAttention.install(model, experiment.model.dense_attention, device)
+        for method in methods:
+            with suppress(RuntimeError):  # what reads values finds none here, and is left to the run
                 model = method.resize(model)
 
 
@@ -71,15 +71,17 @@ def _outline(given: ModelConfig, task: Task) -> Any:
     model = _origin(given)
     if model.name is None:
         tokenizer: Any = _AnyTokenizer((model.tokenizer or TokenizerConfig()).vocabulary)
-        return load_model(model, task=task, tokenizer=tokenizer, num_labels=CLASSES, seed=0).model
+        with torch.device("meta"):
+            return load_model(model, task=task, tokenizer=tokenizer, num_labels=CLASSES, seed=0).model
     config = _read_config(as_safetensors(locate_model(model.name, model.revision)))
     _check_family(config, task)
     tokenizer = _AnyTokenizer(config.vocab_size)
     _fit_to_task(config, task, tokenizer, CLASSES)
-    outline = _auto_class(task).from_config(config)
-    for kind in REPLACING:
-        if (made := kind.of(config)) is not None:
-            outline = made.resize(outline)
+    with torch.device("meta"):
+        outline = _auto_class(task).from_config(config)
+        for kind in REPLACING:
+            if (made := kind.of(config)) is not None:
+                outline = made.resize(outline)
     return outline
 
 

@@ -69,6 +69,27 @@ def test_of_a_saved_model_the_configuration_is_enough(saved: Any, family: str) -
         check_experiments([experiment(**sections, methods=[FOLD | {"rank": 3}])], CPU)
 
 
+@pytest.mark.parametrize("criterion", ["svd", "measured", "oracle", "random"])
+def test_what_reads_values_is_left_to_the_run(criterion: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Estimators are made of weights: none are made, nor kept, and the methods around them are looked at."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sparse = {"kind": "sparse_lora", "rank": 2, "criterion": criterion, "layers": {"0": {"feed_forward": 0.5}}}
+    check_experiments([experiment(model=LLAMA, methods=[LORA, sparse])], CPU)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(UserError, match="lora cannot be attached"):
+        check_experiments([experiment(model=LLAMA, methods=[LORA | {"targets": ["no_such"]}, sparse])], CPU)
+
+
+def test_a_first_conversion_reads_real_weights(monkeypatch: pytest.MonkeyPatch, saved: Any) -> None:
+    """A GGUF file is dequantised when its configuration is first asked for: not on the meta device."""
+    devices = []
+    monkeypatch.setattr(
+        "loras_bench.feasibility.as_safetensors", lambda found: devices.append(torch.empty(0).device.type) or found
+    )
+    check_experiments([experiment(model={"name": saved("llama")}, methods=[LORA])], CPU)
+    assert devices == ["cpu"]
+
+
 def test_dropout_of_a_checkpoint_is_no_obstacle(saved: Any) -> None:
     """It is taken out when a model is loaded."""
     name = saved("bert", attention_probs_dropout_prob=0.1)
