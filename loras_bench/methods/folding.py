@@ -16,6 +16,7 @@ from loras_bench.attention.families import check_architecture
 from loras_bench.errors import ConfigError
 from loras_bench.methods.base import Method, MethodConfig, Stage
 from loras_bench.methods.layers import by_layer
+from loras_bench.methods.lora import Lora
 from loras_bench.methods.sparse_attention import SparseAttention
 from loras_bench.methods.sparse_lora import SparseLora
 
@@ -100,6 +101,11 @@ class Fold(Method[FoldConfig]):
             raise ConfigError(
                 "`sparse_attention` does not go with `fold`: a token's logits no longer tell which keys are near it",
                 "remove one of them",
+            )
+        if self.config.learning_rate is not None and any(isinstance(other, Lora) for other in others):
+            raise ConfigError(
+                "fold: adapters freeze the folded rows and diagonals, so that they have no `learning_rate`",
+                "leave the key out, or fold in a run of its own and go on from it by `model.run`",
             )
         if any(isinstance(other, SparseLora) for other in others):
             raise ConfigError(

@@ -74,6 +74,8 @@ def test_conflicts_are_refused() -> None:
     with pytest.raises(ConfigError, match="`sparse_lora` slices"):
         method().check([SparseLora(sliced)], LLAMA)
     method().check([Lora(LoraConfig(kind="lora"))], GPT2)
+    with pytest.raises(ConfigError, match="adapters freeze the folded rows"):
+        method(learning_rate=1e-3).check([Lora(LoraConfig(kind="lora"))], GPT2)
 
 
 def test_unsupported_models_are_refused() -> None:
