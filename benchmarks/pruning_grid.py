@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from loras_bench.commands.run import check_folder
 from loras_bench.config import Experiment
 from loras_bench.config_file import load_experiment
 from loras_bench.errors import UserError
+from loras_bench.files import check_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "pruning"
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loras_bench.data import IGNORED
+from loras_bench.data.batches import inputs_of
 from loras_bench.data.prompts import final_answer
 from loras_bench.graphed import Batch, to_device
 from loras_bench.kernels.cross_entropy import CHUNK_TOKENS
@@ -85,8 +86,7 @@ def predict(model: nn.Module, batch: Batch, device: torch.device) -> Predictions
     documents_n = documents_of(batch).flatten()[places_n]
     facts = {"places": places_n, "documents": documents_n, "targets": targets_bs.flatten()[places_n]}
     on_device = to_device(facts, device)
-    read = {name: tensor for name, tensor in batch.items() if name not in ("targets", "label_rows")}
-    hidden_bsd = unwrapped(model).base_model(**to_device(read, device), use_cache=False)[0]
+    hidden_bsd = unwrapped(model).base_model(**to_device(inputs_of(batch), device), use_cache=False)[0]
     hidden_nd = hidden_bsd.flatten(0, 1).index_select(0, on_device["places"])
     return Predictions(hidden_nd, on_device["targets"], on_device["documents"], int(documents_n[-1]) + 1)
 

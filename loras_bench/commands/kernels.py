@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loras_bench.benchmarking.cases import Case, read_cases
 from loras_bench.errors import UserError
+from loras_bench.files import check_file
 
 if TYPE_CHECKING:
     from loras_bench.benchmarking.measuring import Result
@@ -26,7 +26,7 @@ def compare_kernels(shapes: Sequence[str], patterns: Sequence[str], seconds: flo
     """
     cases = read_cases(shapes, patterns)
     if json_file is not None:
-        _check_file(json_file)
+        check_file(json_file)
     import torch
 
     if not torch.cuda.is_available():
@@ -55,11 +55,3 @@ def _measure(cases: Sequence[Case], seconds: float, json_file: Path | None) -> l
                 write_json(json_file, to_json(results, environment))
     print(PROTOCOL)
     return results
-
-
-def _check_file(path: Path) -> None:
-    """Refuse a place that cannot be written before minutes of measuring."""
-    if path.is_dir():
-        raise UserError(f"--json {path} is a folder", "give a file")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"--json {path}: its folder is not there or not writable", "make the folder first")

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loras_bench.commands.kernels import _check_file
 from loras_bench.errors import UserError
+from loras_bench.files import check_file
 from loras_bench.results.formatting import markdown
 from loras_bench.trained import for_inference, load_causal, open_causal
 
@@ -34,7 +34,7 @@ def probe_recall(
     """
     wanted = parse_distances(distances)
     if json_file is not None:
-        _check_file(json_file)
+        check_file(json_file)
     import torch
 
     from loras_bench.benchmarking.report import write_json

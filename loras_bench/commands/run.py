@@ -16,6 +16,7 @@ from loras_bench.catalog import locate_data
 from loras_bench.config import Experiment
 from loras_bench.config_file import is_override, load_experiment
 from loras_bench.errors import UserError
+from loras_bench.files import check_folder
 from loras_bench.models.catalog import locate_model
 from loras_bench.plan import PlannedRun, plan_blocks, pretraining_of
 from loras_bench.progress import Progress
@@ -109,15 +110,6 @@ def check_sources(experiment: Experiment) -> None:
         locate_model(model.name, model.revision)
     if model.run is not None and not (Path(model.run) / RECORD_FILE).exists():
         raise UserError(f"{experiment.name}: model.run `{model.run}` holds no {RECORD_FILE}", "name a finished run")
-
-
-def check_folder(folder: Path, option: str = "--results") -> None:
-    """Refuse a place to write to that is no folder and cannot become one."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise UserError(f"{option} {folder}: {existing} is a file", "give a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{option} {folder}: {existing} is not writable", "give another folder")
 
 
 def parse_seeds(text: str) -> list[int]:

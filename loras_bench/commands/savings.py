@@ -9,9 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from loras_bench.commands.kernels import _check_file
-from loras_bench.commands.run import check_folder
 from loras_bench.errors import UserError
+from loras_bench.files import check_file, check_folder
 from loras_bench.trained import load_trained, open_trained
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def measure_savings(
         UserError: A run is not finished or kept no weights, or what was asked for cannot be done with any of them.
     """
     if json_file is not None:
-        _check_file(json_file)
+        check_file(json_file)
     if out is not None:
         check_folder(out, "--out")
     from loras_bench.benchmarking.bench import CudaBench

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loras_bench.data.batches import real_tokens
+from loras_bench.data.batches import inputs_of, real_tokens
 from loras_bench.graphed import to_device
 from loras_bench.sparsity.criteria import Heads, feed_forward_scores, query_key_scores
 from loras_bench.sparsity.scoring import ScoredTokens, TrueOutputs
-
-NO_INPUT = ("targets", "label_rows")
 
 
 class MeasuredNorms:
@@ -55,8 +53,7 @@ class MeasuredNorms:
         for batch in batches:
             real_bs = real_tokens(batch)
             real["t"] = None if real_bs.all() else real_bs.flatten().to(device)
-            inputs = {name: tensor for name, tensor in batch.items() if name not in NO_INPUT}
-            base(**to_device(inputs, device), use_cache=False)
+            base(**to_device(inputs_of(batch), device), use_cache=False)
             read += int(real_bs.sum())
             if read >= tokens:
                 break

@@ -10,7 +10,7 @@ import torch
 from cpu_graphs import Tape, cpu_graphs  # noqa: F401
 from sparse_lora_checks import PromptRows, adapted, batch_of, method, sparsity_of, with_tensors
 from torch import Tensor, nn
-from training_fixtures import GPT2, LORA, NOTES, WIDTH, build_run, digests, experiment, make_loop, token_ids
+from training_fixtures import GPT2, LORA, MOODS, NOTES, WIDTH, build_run, digests, experiment, make_loop, token_ids
 
 from loras_bench.attention.dispatch import ModelAttention
 from loras_bench.attention.patterns import Window
@@ -230,6 +230,18 @@ def test_a_run_measures_its_channels_and_goes_on_with_them(tmp_path: Path) -> No
     assert loaded is not None
     other.state.restore(loaded[1])
     assert [*begun, *(other.loop.step(step) for step in (2, 3))] == expected
+
+
+def test_a_classifier_measures_the_same_packed_and_padded() -> None:
+    settings = SPARSE | {"tokens": "all", "criterion": "measured"}
+    found = []
+    for packing in ("padded", "packed"):
+        made = experiment(data=MOODS | {"packing": packing}, model=LLAMA, methods=[LORA, settings])
+        (measured,) = (one.state_dict() for one in build_run(made).methods if isinstance(one, SparseLora))
+        found.append(measured)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 6
+    for name, score_c in found[0].items():
+        torch.testing.assert_close(found[1][name], score_c, rtol=1e-4, atol=1e-5)
 
 
 def test_the_flops_of_a_run_are_those_of_its_regimes() -> None:
